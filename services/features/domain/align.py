@@ -1,0 +1,296 @@
+"""Align requests with events on event time: compute by event time, emit by position.
+
+A replay request of the slice that starts at `s` is answered when the watermark has reached `s`:
+by then every event before `s` is here. State is applied up to the start of the watermark's slice
+and no further, so a later request of that slice still finds it as it must be. Answers are held
+until every earlier position of their source was answered too, because the next consumer drops what
+comes out of order as a replay. What waits, is held or not applied yet is part of the snapshot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import polars as pl
+
+from causemesh.errors import Misdeclared, Poison
+from services.features.domain.aggregates import RowEvents
+from services.features.domain.events import Ints, ViewEvents, int64
+from services.features.domain.feature_store import FeatureStore
+from services.features.domain.snapshots import frame_matrix, matrix_frame, pack, unpack
+
+ApplyOn = Literal["watermark", "arrival"]
+DEFAULT_SLICE_US = 60_000_000
+_REQUIRED = ("source", "position", "occurred_at_us", "mode", "signature", "tenant_id")
+
+
+@dataclass(frozen=True)
+class Advanced:
+    """What one `advance` did.
+
+    answered: requests; applied: events; late_events: those that came behind what was applied
+    already; dropped_events: late ones that no tile could take; late_requests: replay requests
+    that came behind it, whose answers may hold events after their slice; touched: by view, the
+    rows whose state changed.
+    """
+
+    answered: int = 0
+    applied: int = 0
+    late_events: int = 0
+    dropped_events: int = 0
+    late_requests: int = 0
+    touched: dict[str, Ints] = field(default_factory=dict)
+
+
+class Aligner:
+    """The event-time buffers of one partition.
+
+    `apply_on` "watermark" serves replay and live requests: a live one sees the applied state and
+    the buffered events up to its own time. "arrival" applies events at once, for a partition with
+    live requests only, where the buffers of a slice would be large.
+    """
+
+    def __init__(
+        self,
+        store: FeatureStore,
+        *,
+        slice_us: int = DEFAULT_SLICE_US,
+        apply_on: ApplyOn = "watermark",
+    ) -> None:
+        self._store = store
+        self._slice_us = slice_us
+        self._apply_on = apply_on
+        self._signatures: dict[str, tuple[str, ...]] = {}
+        self._boundary_us: int | None = None
+        self._pending: dict[str, list[RowEvents]] = {name: [] for name in store.views}
+        self._late_events = 0
+        self._late_requests = 0
+        self._dropped_events = 0
+        self._applied = 0
+        self._touched: dict[str, list[Ints]] = {}
+        self._waiting: pl.DataFrame | None = None
+        self._held: pl.DataFrame | None = None
+
+    def declare(self, signature: str, feature_names: Sequence[str]) -> None:
+        """Say which features the requests of a signature ask for; Misdeclared if one is unknown.
+
+        A signature never changes its meaning: declaring it again with other features is refused.
+        """
+        self._store.check(feature_names)
+        known = self._signatures.setdefault(signature, tuple(feature_names))
+        if known != tuple(feature_names):
+            raise Misdeclared(f"signature {signature!r} is already declared with other features")
+
+    def add_events(self, view_name: str, events: ViewEvents) -> None:
+        """Take events of one view (`read_events` made them)."""
+        if view_name not in self._pending:
+            raise Misdeclared(f"events for the unknown feature view {view_name!r}")
+        if not len(events):
+            return
+        coded = self._store.views[view_name].encode(events)
+        if self._boundary_us is not None:
+            self._late_events += int((coded.occurred_at_us < self._boundary_us).sum())
+        if self._apply_on == "arrival":
+            self._apply(view_name, coded, None)
+        else:
+            self._pending[view_name].append(coded)
+
+    def add_requests(self, frame: pl.DataFrame) -> None:
+        """Take requests; live ones are answered at once, all of them come out of `ready`.
+
+        Columns: source, position, occurred_at_us, mode ("live" or "replay"), signature, tenant_id,
+        the entities (null where there is none), and a payload that is carried along. Raises
+        Poison for rows that cannot be answered, before any row is taken.
+        """
+        self._check(frame)
+        if not frame.height:
+            return
+        time = int64(frame, "occurred_at_us")
+        live = (frame["mode"] == "live").to_numpy()
+        as_of_us = np.where(live, time + 1, time // self._slice_us * self._slice_us)
+        frame = frame.with_columns(pl.Series("as_of_us", as_of_us))
+        if self._boundary_us is not None:
+            self._late_requests += int((~live & (as_of_us < self._boundary_us)).sum())
+        if not live.all():
+            self._waiting = _joined(self._waiting, frame.filter(~live))
+        if live.any():
+            self._answer(frame.filter(live), self._all_pending())
+
+    def advance(self, watermark_us: int) -> Advanced:
+        """Answer and apply what the watermark (the least of all sources) allows."""
+        boundary = watermark_us // self._slice_us * self._slice_us
+        if self._boundary_us is None or boundary > self._boundary_us:
+            self._boundary_us = boundary
+        due = {name: self._take_due(name, self._boundary_us) for name in self._pending}
+        answered = self._answer_due(due, self._boundary_us)
+        for name, events in due.items():
+            self._apply(name, events, self._boundary_us)
+        return self._account(answered)
+
+    def ready(self) -> pl.DataFrame | None:
+        """Take the answered requests that may be emitted, by source and position; None if none.
+
+        The frame has the columns given plus as_of_us and `vector` (bytes, float32 little-endian).
+        """
+        held = self._held
+        if held is None:
+            return None
+        if self._waiting is None:
+            self._held, ready = None, held
+        else:
+            first = self._waiting.group_by("source").agg(pl.col("position").min().alias("__first"))
+            marked = held.join(first, on="source", how="left", maintain_order="left")
+            free = marked["__first"].is_null() | (marked["position"] < marked["__first"])
+            ready = held.filter(free)
+            self._held = held.filter(~free) if ready.height < held.height else None
+        return ready.sort("source", "position") if ready.height else None
+
+    def unemitted_floor_us(self) -> int | None:
+        """The least event time of any request that was not emitted: no watermark may pass it."""
+        frames = [frame for frame in (self._waiting, self._held) if frame is not None]
+        return min(
+            (int(frame["occurred_at_us"].to_numpy().min()) for frame in frames), default=None
+        )
+
+    def pending_rows(self, view_name: str) -> Ints:
+        """The entity rows of events that wait to be applied."""
+        parts = [part.rows for part in self._pending[view_name]]
+        return np.unique(np.concatenate([np.empty(0, np.int64), *parts]))
+
+    def snapshot(self) -> bytes:
+        """The buffers as bytes; the states of the views are saved apart."""
+        header = {
+            "kind": "aligner",
+            "slice_us": self._slice_us,
+            "apply_on": self._apply_on,
+            "boundary_us": self._boundary_us,
+            "signatures": self._signatures,
+            "late_events": self._late_events,
+            "late_requests": self._late_requests,
+        }
+        named = {"waiting": self._waiting, "held": self._held}
+        frames = {name: frame for name, frame in named.items() if frame is not None}
+        for name, events in self._all_pending().items():
+            frames[f"pending.{name}"] = matrix_frame(_stacked(events))
+        return pack(header, frames)
+
+    def restore(self, snapshot: bytes) -> None:
+        """Take over saved buffers, after the views' states; Misdeclared if settings differ."""
+        header, frames = unpack(snapshot, "aligner")
+        for setting, value in (("slice_us", self._slice_us), ("apply_on", self._apply_on)):
+            if header[setting] != value:
+                raise Misdeclared(f"{setting} is {value!r} but the state has {header[setting]!r}")
+        for signature, feature_names in header["signatures"].items():
+            self.declare(signature, feature_names)
+        self._boundary_us = header["boundary_us"]
+        self._late_events, self._late_requests = header["late_events"], header["late_requests"]
+        self._waiting, self._held = frames.get("waiting"), frames.get("held")
+        for name, state in self._store.views.items():
+            saved = frames.get(f"pending.{name}")
+            if saved is not None:
+                width = 4 + len(state.view.columns)
+                self._pending[name] = [_unstacked(frame_matrix(saved, saved.height, width))]
+
+    def _check(self, frame: pl.DataFrame) -> None:
+        missing = [name for name in _REQUIRED if name not in frame.columns]
+        if missing:
+            raise Misdeclared(f"requests lack the columns {missing}")
+        modes = ["live"] if self._apply_on == "arrival" else ["live", "replay"]
+        whole = pl.all_horizontal(pl.col("source", "position", "occurred_at_us").is_not_null())
+        reasons = {
+            f"mode must be one of {modes} here": pl.col("mode").is_in(modes),
+            "its signature is not declared": pl.col("signature").is_in(list(self._signatures)),
+            "source, position and occurred_at_us must not be null": whole,
+        }
+        checked = frame.select(
+            (~holds.fill_null(value=False)).alias(str(number))
+            for number, holds in enumerate(reasons.values())
+        )
+        bad: dict[int, str] = {}
+        for reason, broken in zip(reasons, checked, strict=True):
+            bad |= dict.fromkeys(broken.arg_true().to_list(), reason)
+        if bad:
+            raise Poison(bad)
+
+    def _all_pending(self) -> dict[str, RowEvents]:
+        waiting = {name: parts for name, parts in self._pending.items() if parts}
+        joined = {name: RowEvents.concatenate(parts) for name, parts in waiting.items()}
+        for name, events in joined.items():
+            self._pending[name] = [events]
+        return joined
+
+    def _take_due(self, name: str, boundary_us: int) -> RowEvents:
+        """Remove and return the pending events before the boundary."""
+        taken, kept = [], []
+        for part in self._pending[name]:
+            due = part.occurred_at_us < boundary_us
+            if due.all():
+                taken.append(part)
+            elif due.any():
+                taken.append(part.take(due))
+                kept.append(part.take(~due))
+            else:
+                kept.append(part)
+        self._pending[name] = kept
+        if not taken:
+            return RowEvents.none(len(self._store.views[name].view.columns))
+        return RowEvents.concatenate(taken)
+
+    def _answer_due(self, due: dict[str, RowEvents], boundary_us: int) -> int:
+        if self._waiting is None:
+            return 0
+        now = self._waiting["as_of_us"] <= boundary_us
+        asked = self._waiting.filter(now)
+        if not asked.height:
+            return 0
+        left = self._waiting.filter(~now)
+        self._waiting = left if left.height else None
+        self._answer(asked, due)
+        return asked.height
+
+    def _answer(self, requests: pl.DataFrame, chunk: dict[str, RowEvents]) -> None:
+        vector = self._store.answer_signatures(
+            requests, self._signatures, requests["as_of_us"].to_numpy(), chunk
+        )
+        self._held = _joined(self._held, requests.with_columns(vector))
+
+    def _apply(self, name: str, events: RowEvents, until_us: int | None) -> None:
+        done = self._store.views[name].apply(events, until_us)
+        self._applied += len(events)
+        self._dropped_events += done.late
+        if len(done.touched):
+            self._touched.setdefault(name, []).append(done.touched)
+
+    def _account(self, answered: int) -> Advanced:
+        """Report, and start counting again."""
+        touched = {name: np.unique(np.concatenate(rows)) for name, rows in self._touched.items()}
+        report = Advanced(
+            answered,
+            self._applied,
+            self._late_events,
+            self._dropped_events,
+            self._late_requests,
+            touched,
+        )
+        self._applied = self._late_events = self._dropped_events = self._late_requests = 0
+        self._touched = {}
+        return report
+
+
+def _joined(frame: pl.DataFrame | None, more: pl.DataFrame) -> pl.DataFrame:
+    # diagonal: the payload may have gained a column since what is buffered was written
+    return more if frame is None else pl.concat([frame, more], how="diagonal_relaxed")
+
+
+def _stacked(events: RowEvents) -> Ints:
+    """Events as one array [n, 4 + columns]."""
+    fields = (events.rows, events.occurred_at_us, events.source, events.position)
+    return np.concatenate([np.stack(fields), events.values]).T
+
+
+def _unstacked(array: Ints) -> RowEvents:
+    fields = np.ascontiguousarray(array.T)
+    return RowEvents(fields[0], fields[1], fields[2], fields[3], fields[4:])

@@ -1,0 +1,170 @@
+"""Feature views as data: what is aggregated, over which windows, for which entity."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Literal, get_args
+
+from services.features.domain.durations import default_tile, format_duration
+from services.features.domain.expressions import check_expression
+from services.features.domain.failures import DefinitionError
+
+Aggregation = Literal["count", "sum", "mean", "min", "max", "std", "last", "latest", "age"]
+Scope = Literal["tenant", "shared"]
+Placement = Literal["partitioned", "rekeyed", "broadcast"]
+
+AGGREGATIONS: tuple[Aggregation, ...] = get_args(Aggregation)
+WINDOWLESS = frozenset({"latest", "age"})
+COLUMNLESS = frozenset({"count", "age"})
+NAME = re.compile(r"[a-z][a-z0-9_]{0,62}\Z")
+
+# A ring row costs 8 bytes x tiles x primitives for every entity, so a window is cut no finer.
+MAX_TILES = 4096
+DEFAULT_RESOLUTION = 2.0**-10
+
+
+@dataclass(frozen=True)
+class InputColumn:
+    """One numeric input of a view: a column of the event, or a row-wise SQL expression over it."""
+
+    name: str
+    expression: str
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One number of the vector. `window_us` is None for `latest` and `age`."""
+
+    name: str
+    aggregation: Aggregation
+    column: str | None = None
+    window_us: int | None = None
+
+
+@dataclass(frozen=True)
+class FeatureView:
+    """Features of one entity, computed from one event type.
+
+    `entity` names the event's columns, `request_entity` the request's (the same by default); in
+    scope `tenant` every tenant has state of its own, in scope `shared` all share one. `tile_us` is
+    the hop of the windows: the smallest change of time that moves a window's edge. `resolution` is
+    the grid that inputs are rounded to. `retention_us` bounds the age of `latest` and lets an idle
+    entity be forgotten. Raises DefinitionError when the parts do not fit together.
+    """
+
+    name: str
+    event_type: str
+    entity: tuple[str, ...]
+    features: tuple[Feature, ...]
+    columns: tuple[InputColumn, ...] = ()
+    version: int = 1
+    scope: Scope = "tenant"
+    placement: Placement = "partitioned"
+    filter: str | None = None
+    tile_us: int = 0
+    resolution: float = DEFAULT_RESOLUTION
+    retention_us: int | None = None
+    request_entity: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        if not self.request_entity:
+            object.__setattr__(self, "request_entity", self.entity)
+        if not self.tile_us:
+            try:
+                object.__setattr__(self, "tile_us", default_tile(self.windows))
+            except ValueError as error:
+                raise DefinitionError(f"view {self.name!r}: {error}") from error
+        _check_view(self)
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The distinct window lengths in microseconds, shortest first."""
+        return tuple(sorted({f.window_us for f in self.features if f.window_us is not None}))
+
+    @property
+    def tiles(self) -> int:
+        """How many tiles the longest window needs; 0 when no feature has a window."""
+        return max(self.windows, default=0) // self.tile_us
+
+    @property
+    def feature_names(self) -> tuple[str, ...]:
+        """The full names, `view.feature`, in the order of the answer's columns."""
+        return tuple(f"{self.name}.{feature.name}" for feature in self.features)
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of everything that the meaning of stored state depends on."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:32]
+
+
+def _check_view(view: FeatureView) -> None:
+    for problem in chain(_header_problems(view), _window_problems(view), _column_problems(view)):
+        raise DefinitionError(f"view {view.name!r}: {problem}")
+
+
+def _header_problems(view: FeatureView) -> list[str]:
+    checks = {
+        f"the name must match {NAME.pattern}": bool(NAME.match(view.name)),
+        "the version must be 1 or more": view.version >= 1,
+        "it names no event type": bool(view.event_type),
+        "it names no entity column": bool(view.entity) and all(view.entity),
+        "the request needs one column for every entity column": len(view.request_entity)
+        == len(view.entity),
+        f"scope must be one of {get_args(Scope)}": view.scope in get_args(Scope),
+        f"placement must be one of {get_args(Placement)}": view.placement in get_args(Placement),
+        "resolution must be a positive number": math.isfinite(view.resolution)
+        and view.resolution > 0,
+        "retention must be positive": view.retention_us is None or view.retention_us > 0,
+        "it has no features": bool(view.features),
+    }
+    return [problem for problem, holds in checks.items() if not holds]
+
+
+def _window_problems(view: FeatureView) -> list[str]:
+    if view.tile_us <= 0:
+        return ["the tile must be longer than 0"]
+    problems = [
+        f"window {format_duration(window)} is no multiple of the tile "
+        f"{format_duration(view.tile_us)}"
+        for window in view.windows
+        if window <= 0 or window % view.tile_us
+    ]
+    if view.tiles > MAX_TILES:
+        problems.append(f"the longest window has {view.tiles} tiles, more than {MAX_TILES}")
+    return problems
+
+
+def _column_problems(view: FeatureView) -> list[str]:
+    problems = _duplicates("feature", [f.name for f in view.features])
+    problems += _duplicates("column", [c.name for c in view.columns])
+    known = {column.name for column in view.columns}
+    for feature in view.features:
+        problems += [f"feature {feature.name!r} {p}" for p in _feature_problems(feature, known)]
+    for text in [column.expression for column in view.columns] + [view.filter]:
+        problem = check_expression(text) if text is not None else None
+        problems += [problem] if problem else []
+    return problems
+
+
+def _feature_problems(feature: Feature, columns: set[str]) -> list[str]:
+    kind = feature.aggregation
+    checks = {
+        f"must match {NAME.pattern}": bool(NAME.match(feature.name)),
+        f"has the unknown aggregation {kind!r}": kind in AGGREGATIONS,
+        "needs a window": feature.window_us is not None or kind in WINDOWLESS,
+        f"takes no window ({kind})": feature.window_us is None or kind not in WINDOWLESS,
+        f"needs a column ({kind})": feature.column is not None or kind in COLUMNLESS,
+        "takes no column (age)": feature.column is None or kind != "age",
+        f"reads the undeclared column {feature.column!r}": feature.column is None
+        or feature.column in columns,
+    }
+    return [problem for problem, holds in checks.items() if not holds]
+
+
+def _duplicates(what: str, names: Sequence[str]) -> list[str]:
+    return [f"{what} {name!r} is defined twice" for name in set(names) if names.count(name) > 1]

@@ -1,0 +1,251 @@
+"""The state of one view in one partition: apply events, answer requests as of a point in time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+
+from causemesh.errors import Misdeclared
+from services.features.domain.aggregates import (
+    NEVER,
+    RECORD,
+    Aggregates,
+    RowEvents,
+    newest,
+    newest_of_segments,
+    reduce_segments,
+)
+from services.features.domain.chunk import Chunk
+from services.features.domain.definitions import FeatureView
+from services.features.domain.entities import EntityIndex
+from services.features.domain.events import Ints, ViewEvents
+from services.features.domain.layout import EVENT, Layout, layout_of
+from services.features.domain.ring import EMPTY, TileRing
+from services.features.domain.snapshots import frame_matrix, matrix_frame, pack, unpack
+from services.features.domain.vectors import Primitives, Vectors, vectors
+
+Entities = pl.Series | Sequence[str | None]
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What an `apply` did: events too old for any tile, and the rows whose state changed."""
+
+    late: int
+    touched: Ints
+
+
+class ViewState:
+    """Columnar state of one view. Its rows are stable until an entity is evicted."""
+
+    def __init__(self, view: FeatureView) -> None:
+        self.view = view
+        self.layout: Layout = layout_of(view)
+        self.index = EntityIndex()
+        self.ring = TileRing(self.layout, view.tiles)
+        # the newest record of each column, and of the event itself, which eviction goes by
+        latests = self.layout.latests
+        self._kept = tuple(dict.fromkeys((*latests, EVENT))) if latests else ()
+        self._latest = np.empty((0, len(self._kept), RECORD), np.int64)
+        self.applied_until_us: int | None = None
+        self._ensure()
+
+    @property
+    def entities(self) -> list[str]:
+        """The keys of all entities with state."""
+        return self.index.keys
+
+    def encode(self, events: ViewEvents) -> RowEvents:
+        """The events with rows in place of keys; entities not seen before get a row."""
+        rows = self.index.find_or_add(events.entity)
+        self._ensure()
+        return RowEvents(rows, events.occurred_at_us, events.source, events.position, events.values)
+
+    def apply(self, events: ViewEvents | RowEvents, until_us: int | None = None) -> Applied:
+        """Add events to the state.
+
+        `until_us` says that with these all events before that time are in (but for late ones);
+        it only grows. An event whose tile no answer as of then or later can see is late.
+        """
+        coded = self.encode(events) if isinstance(events, ViewEvents) else events
+        late = 0
+        if len(coded):
+            ordered = coded.in_order(self.layout)
+            late = self._apply_tiles(ordered) if self.view.tiles else 0
+            self._apply_latest(ordered)
+        if until_us is not None:
+            before_us = self.applied_until_us
+            self.applied_until_us = until_us if before_us is None else max(until_us, before_us)
+        return Applied(late, np.unique(coded.rows))
+
+    def answer(self, entities: Entities, as_of_us: Ints) -> Vectors:
+        """The vectors from what has been applied: float32 [n, features].
+
+        A null or unknown entity gets the answer over no events.
+        """
+        return self.answer_rows(self.index.find(_keys(entities)), as_of_us, None)
+
+    def answer_chunk(
+        self, events: ViewEvents | RowEvents, entities: Entities, as_of_us: Ints
+    ) -> Vectors:
+        """The vectors from what has been applied and those of `events` before each as-of time.
+
+        The same as applying the events one slice after another and answering in between, as long
+        as no as-of time is before what has been applied.
+        """
+        coded = self.encode(events) if isinstance(events, ViewEvents) else events
+        return self.answer_rows(self.index.find(_keys(entities)), as_of_us, coded)
+
+    def answer_rows(self, rows: Ints, as_of_us: Ints, events: RowEvents | None) -> Vectors:
+        """`answer_chunk` for rows that `EntityIndex.find` gave out."""
+        tile = self.view.tile_us
+        newest_tile = (as_of_us - 1) // tile
+        windows = self.ring.windows(rows, newest_tile)
+        latest = self._latest[rows, : len(self.layout.latests)]
+        if events is not None and len(events) and len(rows):
+            chunk = Chunk(self.layout, events, rows)
+            first_us = (newest_tile[:, None] - self.layout.spans + 1) * tile
+            windows = windows.merge(chunk.windows(first_us, as_of_us))
+            latest = newest(latest, chunk.latest(as_of_us))
+        return vectors(self.view, self.layout, Primitives(windows, latest, as_of_us))
+
+    def evict(self, before_us: int, keep: Ints | None = None) -> int:
+        """Forget entities that no answer as of `before_us` or later depends on; returns how many.
+
+        An answer is never changed by this: an entity goes when its tiles are out of every window
+        and its newest record is out of the retention (or the view has no such feature). `keep`
+        are rows to leave alone: those of events that wait to be applied.
+        """
+        rows = self.index.rows
+        gone_tile = (before_us - 1) // self.view.tile_us - self.view.tiles
+        idle = self.ring.newest_tiles(rows) <= gone_tile
+        if self.layout.latests:
+            if self.view.retention_us is None:
+                return 0
+            newest_us = self._latest[rows, self._kept.index(EVENT), 0]
+            idle &= newest_us < before_us - self.view.retention_us
+        if keep is not None:
+            idle &= ~np.isin(rows, keep)
+        keys = [key for key, gone in zip(self.index.keys, idle.tolist(), strict=True) if gone]
+        released = self.index.release(keys)
+        self.ring.clear(released)
+        self._latest[released] = NEVER
+        return len(released)
+
+    def memory_bytes(self) -> int:
+        """Bytes of the arrays and, roughly, of the dictionary."""
+        return self.ring.memory_bytes() + self._latest.nbytes + self.index.memory_bytes()
+
+    def snapshot(self) -> bytes:
+        """The whole state as bytes; what no answer can see any more is left out."""
+        rows = self.index.rows
+        entities = pl.DataFrame({"key": pl.Series(self.index.keys, dtype=pl.String), "row": rows})
+        tile_rows, tiles, parts = self.ring.occupied()
+        visible = tiles > self._oldest_tile()
+        header = {
+            "kind": "view",
+            "view": self.view.name,
+            "fingerprint": self.view.fingerprint,
+            "applied_until_us": self.applied_until_us,
+        }
+        frames = {
+            "entities": entities,
+            "latest": matrix_frame(self._latest[rows]),
+            "slots": pl.DataFrame({"row": tile_rows[visible], "tile": tiles[visible]}),
+            "sums": matrix_frame(parts.sums[visible]),
+            "mins": matrix_frame(parts.mins[visible]),
+            "lasts": matrix_frame(parts.lasts[visible]),
+        }
+        return pack(header, frames)
+
+    def restore(self, snapshot: bytes) -> None:
+        """Take over a snapshot, in place of what there is; Misdeclared if the view has changed."""
+        header, frames = unpack(snapshot, "view")
+        if header["fingerprint"] != self.view.fingerprint:
+            raise Misdeclared(
+                f"view {self.view.name!r} is not the one its state was saved by "
+                f"({header['view']!r}): give a changed view a new version and replay its events"
+            )
+        fresh = ViewState(self.view)
+        rows = frames["entities"]["row"].to_numpy()
+        fresh.index.restore(frames["entities"]["key"].to_list(), rows)
+        fresh._ensure()
+        fresh._latest[rows] = frame_matrix(frames["latest"], len(rows), *self._latest.shape[1:])
+        slots, layout = frames["slots"], self.layout
+        parts = Aggregates(
+            frame_matrix(frames["sums"], slots.height, len(layout.sums)),
+            frame_matrix(frames["mins"], slots.height, len(layout.mins)),
+            frame_matrix(frames["lasts"], slots.height, len(layout.lasts), RECORD),
+        )
+        if slots.height:
+            fresh.ring.merge(slots["row"].to_numpy(), slots["tile"].to_numpy(), parts)
+        fresh.applied_until_us = header["applied_until_us"]
+        self.__dict__.update(fresh.__dict__)
+
+    def _ensure(self) -> None:
+        have = len(self._latest)
+        if self.index.end <= have:
+            return
+        capacity = max(self.index.end, 2 * have, 16)
+        grown = np.full((capacity, len(self._kept), RECORD), NEVER, np.int64)
+        grown[:have] = self._latest
+        self._latest = grown
+        self.ring.ensure(capacity)
+
+    def _apply_tiles(self, events: RowEvents) -> int:
+        tiles = events.occurred_at_us // self.view.tile_us
+        visible = tiles > self._oldest_tile()
+        late = len(events) - int(np.count_nonzero(visible))
+        if late:
+            events, tiles = events.take(visible), tiles[visible]
+        if not len(events):
+            return late
+        starts = _starts(events.rows, tiles)
+        rows, of_run = events.rows[starts], tiles[starts]
+        parts = reduce_segments(self.layout, events, starts)
+        fits = of_run > _newest_of_row(rows, of_run) - self.ring.length
+        if not fits.all():
+            # a batch longer than the ring: its own newer tiles take the slots
+            rows, of_run = rows[fits], of_run[fits]
+            parts = Aggregates(parts.sums[fits], parts.mins[fits], parts.lasts[fits])
+        fresh = self.ring.merge(rows, of_run, parts)
+        if not fresh.all():
+            sizes = np.diff(starts, append=len(events))[fits]
+            late += int(sizes[~fresh].sum())
+        return late
+
+    def _oldest_tile(self) -> int:
+        """The newest tile that has left every window an answer may still be asked for."""
+        if self.applied_until_us is None:
+            return EMPTY
+        return (self.applied_until_us - 1) // self.view.tile_us - self.view.tiles
+
+    def _apply_latest(self, events: RowEvents) -> None:
+        if not self._kept:
+            return
+        starts = np.flatnonzero(np.diff(events.rows, prepend=-1))
+        rows = events.rows[starts]
+        found = np.stack(
+            [newest_of_segments(events, column, starts) for column in self._kept], axis=1
+        )
+        self._latest[rows] = newest(self._latest[rows], found)
+
+
+def _keys(entities: Entities) -> pl.Series:
+    return entities if isinstance(entities, pl.Series) else pl.Series(entities, dtype=pl.String)
+
+
+def _starts(rows: Ints, tiles: Ints) -> Ints:
+    """Where runs of equal (row, tile) begin."""
+    changed = np.ones(len(rows), np.bool_)
+    changed[1:] = (rows[1:] != rows[:-1]) | (tiles[1:] != tiles[:-1])
+    return np.flatnonzero(changed)
+
+
+def _newest_of_row(rows: Ints, tiles: Ints) -> Ints:
+    """For runs sorted by (row, tile): the newest tile of each run's row."""
+    ends = np.flatnonzero(np.append(rows[1:] != rows[:-1], True))
+    return np.repeat(tiles[ends], np.diff(ends, prepend=-1))

@@ -1,0 +1,161 @@
+"""Events of one view as columns, on the view's grid.
+
+Reading an event needs no state: the filter, the expressions and the rounding happen here, once, and
+a re-keyed topic can carry the result (`frame`, `from_frame`) bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+from polars.exceptions import ColumnNotFoundError, PolarsError
+
+from causemesh.errors import Misdeclared, Poison
+from services.features.domain.definitions import FeatureView
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+# Stands for a null input; no value on a grid comes near it.
+NULL = np.iinfo(np.int64).min
+# |q| up to here leaves room for 2**23 events in a window before a sum leaves int64 ...
+SUM_LIMIT = 2**40
+# ... and where squares are kept, q * q itself must fit (its two halves are summed apart).
+SQUARE_LIMIT = 2**31
+# Between the parts of a composite entity key.
+SEPARATOR = "\x1f"
+
+
+@dataclass(frozen=True)
+class ViewEvents:
+    """`n` events of one view.
+
+    entity: the key, n strings; occurred_at_us: event time, microseconds since the epoch;
+    source, position: the tie-break; values: int64 [columns, n] in grid units, NULL where absent.
+    """
+
+    entity: pl.Series
+    occurred_at_us: Ints
+    source: Ints
+    position: Ints
+    values: Ints
+
+    def __len__(self) -> int:
+        return len(self.occurred_at_us)
+
+    def frame(self, view: FeatureView) -> pl.DataFrame:
+        """The same as a frame: entity, occurred_at_us, source, position, one column an input."""
+        inputs = {c.name: _nullable(q) for c, q in zip(view.columns, self.values, strict=True)}
+        return pl.DataFrame(
+            {
+                "entity": self.entity,
+                "occurred_at_us": self.occurred_at_us,
+                "source": self.source,
+                "position": self.position,
+                **{f"value.{name}": series for name, series in inputs.items()},
+            }
+        )
+
+    @staticmethod
+    def from_frame(view: FeatureView, frame: pl.DataFrame) -> ViewEvents:
+        """What `frame` wrote, read back."""
+        values = [frame[f"value.{c.name}"].fill_null(NULL).to_numpy() for c in view.columns]
+        return ViewEvents(
+            frame["entity"],
+            int64(frame, "occurred_at_us"),
+            int64(frame, "source"),
+            int64(frame, "position"),
+            np.array(values, np.int64).reshape(len(view.columns), frame.height),
+        )
+
+
+def read_events(view: FeatureView, frame: pl.DataFrame) -> ViewEvents:
+    """The events of `frame` that `view` sees: those that pass its filter and name its entity.
+
+    `frame` has the event's own columns plus tenant_id, occurred_at_us, source and position. Raises
+    Misdeclared when a column is missing or is no number, Poison naming the rows (of `frame`) whose
+    inputs are infinite or too large for the view's resolution.
+    """
+    try:
+        seen = frame.with_row_index("__row").with_columns(
+            entity_keys(frame, view, view.entity).alias("__entity")
+        )
+        kept = seen.filter(pl.col("__entity").is_not_null())
+        if view.filter is not None:
+            kept = kept.filter(pl.sql_expr(view.filter))
+        inputs = kept.select(pl.sql_expr(c.expression).alias(c.name) for c in view.columns)
+    except (ColumnNotFoundError, PolarsError) as error:
+        raise Misdeclared(f"view {view.name!r} cannot read {view.event_type}: {error}") from error
+    values = np.empty((len(view.columns), kept.height), np.int64)
+    bad: dict[int, str] = {}
+    for place, column in enumerate(view.columns):
+        limit = SQUARE_LIMIT if _squared(view, column.name) else SUM_LIMIT
+        values[place], wrong = quantise(_numbers(view, inputs[column.name]), view, limit)
+        reason = f"view {view.name}: {column.name} is infinite or beyond {limit * view.resolution}"
+        bad.update(dict.fromkeys(kept["__row"].gather(np.flatnonzero(wrong)).to_list(), reason))
+    if bad:
+        raise Poison(bad)
+    return ViewEvents(
+        kept["__entity"],
+        int64(kept, "occurred_at_us"),
+        int64(kept, "source"),
+        int64(kept, "position"),
+        values,
+    )
+
+
+def quantise(numbers: Floats, view: FeatureView, limit: int) -> tuple[Ints, npt.NDArray[np.bool_]]:
+    """Numbers on the view's grid (NaN becomes NULL), and which of them are out of range."""
+    units = np.rint(numbers / view.resolution)
+    absent = np.isnan(units)
+    wrong = np.abs(units) > limit
+    grid = np.where(absent | wrong, 0.0, units).astype(np.int64)
+    grid[absent] = NULL
+    return grid, wrong
+
+
+def entity_keys(frame: pl.DataFrame, view: FeatureView, columns: Sequence[str]) -> pl.Series:
+    """The key of each row for `view`: null where a part is null; the tenant first where it counts.
+
+    All parts but the last are escaped, so different parts never make the same key.
+    """
+    names = [*(["tenant_id"] if view.scope == "tenant" else []), *columns]
+    parts = [pl.col(name).cast(pl.String) for name in names]
+    escaped = [
+        part.str.replace_all("\x1e", "\x1e0", literal=True).str.replace_all(
+            SEPARATOR, "\x1e1", literal=True
+        )
+        for part in parts[:-1]
+    ]
+    return frame.select(
+        pl.concat_str([*escaped, parts[-1]], separator=SEPARATOR).alias("entity")
+    ).to_series()
+
+
+def int64(frame: pl.DataFrame, name: str) -> Ints:
+    """A column of whole numbers as an array of its own; Misdeclared when it has nulls."""
+    series = frame[name]
+    if series.null_count():
+        raise Misdeclared(f"column {name!r} must not be null")
+    return series.cast(pl.Int64).to_numpy(writable=True)
+
+
+def _squared(view: FeatureView, column: str) -> bool:
+    return any(f.column == column and f.aggregation == "std" for f in view.features)
+
+
+def _numbers(view: FeatureView, series: pl.Series) -> Floats:
+    """An evaluated input as float64, NaN where null; a duration counts in seconds."""
+    if isinstance(series.dtype, pl.Duration):
+        series = series.dt.total_microseconds() / 1e6
+    if not (series.dtype.is_numeric() or series.dtype in (pl.Boolean, pl.Null)):
+        raise Misdeclared(f"view {view.name!r}: {series.name} is {series.dtype}, not a number")
+    return series.cast(pl.Float64).fill_null(float("nan")).to_numpy(writable=True)
+
+
+def _nullable(values: Ints) -> pl.Series:
+    return pl.Series(values).replace(NULL, None) if len(values) else pl.Series([], dtype=pl.Int64)

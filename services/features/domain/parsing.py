@@ -1,0 +1,149 @@
+"""Feature views as YAML, short enough to be written by hand.
+
+```yaml
+views:
+  origin_departures:
+    event: flights.departed
+    entity: origin                 # or [origin, carrier], or {origin: dest}: request's: event's
+    scope: shared                  # tenant (default): every tenant has its own state
+    placement: partitioned         # (default), rekeyed, broadcast
+    filter: cancelled = 0          # SQL over one event; events that do not match are not seen
+    columns:                       # only for inputs that are not a column of that name already
+      delay: dep_delay
+      late: dep_delay >= 15
+    windows: [1h, 3h]              # what an aggregation runs over unless it names its own
+    features:
+      "*": [count]                 # count_1h, count_3h; also [age]
+      delay: [mean, std, max 3h]   # delay_mean_1h, delay_mean_3h, delay_std_1h, ..., delay_max_3h
+      late: [mean 3h]              # late_mean_3h
+      temp: [latest]               # temp_latest
+    tile: 5m                       # optional, as are version, resolution and retention
+```
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from services.features.domain.definitions import (
+    AGGREGATIONS,
+    DEFAULT_RESOLUTION,
+    WINDOWLESS,
+    Aggregation,
+    Feature,
+    FeatureView,
+    InputColumn,
+)
+from services.features.domain.durations import parse_duration
+from services.features.domain.failures import DefinitionError
+
+_KEYS = frozenset(
+    [
+        "version",
+        "event",
+        "entity",
+        "scope",
+        "placement",
+        "filter",
+        "columns",
+        "windows",
+        "features",
+        "tile",
+        "resolution",
+        "retention",
+    ]
+)
+
+
+def parse_views(document: Mapping[str, Any]) -> list[FeatureView]:
+    """Read `{"views": {name: view}}` as in the module's example, or raise DefinitionError."""
+    views = document.get("views")
+    if not isinstance(views, Mapping) or not views:
+        raise DefinitionError("a feature document needs `views:` with at least one view")
+    return [_view(str(name), body) for name, body in views.items()]
+
+
+def _view(name: str, body: object) -> FeatureView:
+    if not isinstance(body, Mapping):
+        raise DefinitionError(f"view {name!r}: expected keys such as `event` and `features`")
+    unknown = sorted(set(body) - _KEYS)
+    if unknown:
+        raise DefinitionError(f"view {name!r}: unknown key {unknown[0]!r}; known: {sorted(_KEYS)}")
+    try:
+        return _build(name, body)
+    except (TypeError, ValueError) as error:
+        raise DefinitionError(f"view {name!r}: {error}") from error
+
+
+def _build(name: str, body: Mapping[str, Any]) -> FeatureView:
+    requested, keyed_by = _entity(body.get("entity"))
+    windows = tuple(str(window) for window in _list(body.get("windows", [])))
+    features = tuple(_features(body.get("features"), windows))
+    return FeatureView(
+        name=name,
+        version=int(body.get("version", 1)),
+        event_type=str(body.get("event", "")),
+        entity=keyed_by,
+        request_entity=requested,
+        scope=body.get("scope", "tenant"),
+        placement=body.get("placement", "partitioned"),
+        columns=_columns(body.get("columns", {}), features),
+        filter=None if body.get("filter") is None else str(body["filter"]),
+        features=features,
+        tile_us=parse_duration(body["tile"]) if "tile" in body else 0,
+        resolution=float(body.get("resolution", DEFAULT_RESOLUTION)),
+        retention_us=parse_duration(body["retention"]) if "retention" in body else None,
+    )
+
+
+def _entity(entity: object) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The request's and the event's names of the entity columns."""
+    if isinstance(entity, Mapping):
+        return tuple(map(str, entity)), tuple(map(str, entity.values()))
+    names = tuple(str(name) for name in _list(entity))
+    return names, names
+
+
+def _features(body: object, windows: tuple[str, ...]) -> Iterator[Feature]:
+    if not isinstance(body, Mapping):
+        raise ValueError("`features` must map a column (or '*') to a list of aggregations")
+    for column, aggregations in body.items():
+        for item in _list(aggregations):
+            kind, *own = str(item).split()
+            if kind not in AGGREGATIONS:
+                raise ValueError(f"unknown aggregation {kind!r}; known: {', '.join(AGGREGATIONS)}")
+            name = "_".join([kind] if column == "*" else [str(column), kind])
+            if own and kind in WINDOWLESS:
+                raise ValueError(f"{item!r}: {kind} takes no window")
+            source = None if column == "*" else str(column)
+            yield from _over(kind, name, source, tuple(own) or windows)
+
+
+def _over(
+    kind: Aggregation, name: str, column: str | None, windows: tuple[str, ...]
+) -> Iterator[Feature]:
+    if kind in WINDOWLESS:
+        yield Feature(name, kind, column)
+        return
+    if not windows:
+        raise ValueError(f"{name} has no window: write `windows: [3h]` or `{kind} 3h`")
+    for window in windows:
+        yield Feature(f"{name}_{window}", kind, column, parse_duration(window))
+
+
+def _columns(body: object, features: tuple[Feature, ...]) -> tuple[InputColumn, ...]:
+    if not isinstance(body, Mapping):
+        raise ValueError("`columns` must map a name to a column or an expression")
+    named = {str(name): str(expression) for name, expression in body.items()}
+    for feature in features:
+        if feature.column is not None:
+            # quoted, so that a column called `left` or `order` is read as a name
+            named.setdefault(feature.column, f'"{feature.column}"')
+    return tuple(InputColumn(name, expression) for name, expression in named.items())
+
+
+def _list(value: object) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]

@@ -1,0 +1,151 @@
+"""Rings of tiles: for every entity the newest tiles of a view, as flat columns.
+
+A slot is `tile modulo ring length`; `held` says which tile a slot holds, so stale slots are never
+cleared: they are overwritten by the next tile that falls on them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from services.features.domain.aggregates import NEVER, RECORD, Aggregates
+from services.features.domain.events import Ints
+from services.features.domain.layout import Layout
+
+EMPTY = np.iinfo(np.int64).min
+# One more slot than the longest window needs: a live request that is a little older than the
+# newest tile still finds its oldest one.
+_SPARE = 1
+# Answers gather requests x tiles x primitives; blocks of this many numbers stay in the cache.
+_BLOCK = 2**17
+
+
+class TileRing:
+    """The tiles of all entities of one view. `tiles` is the longest window, in tiles (0: none)."""
+
+    def __init__(self, layout: Layout, tiles: int) -> None:
+        self._layout = layout
+        self.length = tiles + _SPARE if tiles else 0
+        self._tiles = tiles
+        self._held = np.empty(0, np.int64)
+        self._data = Aggregates.nothing(layout, 0)
+        self.ensure(1)
+
+    def ensure(self, rows: int) -> None:
+        """Make room for so many entity rows; existing tiles stay."""
+        have, need = len(self._held), rows * self.length
+        if need <= have:
+            return
+        self._held = _grown(self._held, need)
+        self._held[have:] = EMPTY
+        # the rest stays unwritten memory: only slots that `held` names are read
+        self._data = Aggregates(
+            _grown(self._data.sums, need),
+            _grown(self._data.mins, need),
+            _grown(self._data.lasts, need),
+        )
+
+    def merge(self, rows: Ints, tiles: Ints, parts: Aggregates) -> npt.NDArray[np.bool_]:
+        """Add aggregates to (row, tile) slots, each slot named once; False where it was too old."""
+        slots = rows * self.length + tiles % self.length
+        held = self._held[slots]
+        fresh = held <= tiles
+        if not fresh.all():
+            slots, tiles, held = slots[fresh], tiles[fresh], held[fresh]
+            parts = Aggregates(parts.sums[fresh], parts.mins[fresh], parts.lasts[fresh])
+        same = np.flatnonzero(held == tiles)
+        if len(same):
+            parts = _merge_some(parts, same, self._at(slots[same]))
+        self._held[slots] = tiles
+        self._data.sums[slots] = parts.sums
+        self._data.mins[slots] = parts.mins
+        self._data.lasts[slots] = parts.lasts
+        return np.asarray(fresh)
+
+    def windows(self, rows: Ints, newest_tile: Ints) -> Aggregates:
+        """Aggregates of every window ending with `newest_tile` of each row: shape [n, windows]."""
+        out = Aggregates.nothing(self._layout, len(rows), len(self._layout.spans))
+        if not self._tiles:
+            return out
+        width = len(self._layout.sums) + len(self._layout.mins) + len(self._layout.lasts)
+        step = max(1, _BLOCK // (self._tiles * max(1, width)))
+        for start in range(0, len(rows), step):
+            block = slice(start, start + step)
+            part = self._block(rows[block], newest_tile[block])
+            out.sums[block], out.mins[block], out.lasts[block] = part.sums, part.mins, part.lasts
+        return out
+
+    def clear(self, rows: Ints) -> None:
+        """Empty all tiles of these rows."""
+        if self.length:
+            self._held.reshape(-1, self.length)[rows] = EMPTY
+
+    def newest_tiles(self, rows: Ints) -> Ints:
+        """The newest tile each row holds, EMPTY for none."""
+        if not self.length:
+            return np.full(len(rows), EMPTY, np.int64)
+        return np.asarray(self._held.reshape(-1, self.length)[rows].max(axis=1, initial=EMPTY))
+
+    def occupied(self) -> tuple[Ints, Ints, Aggregates]:
+        """All (row, tile) slots in use and what they hold."""
+        slots = np.flatnonzero(self._held != EMPTY)
+        return slots // max(1, self.length), self._held[slots], self._at(slots)
+
+    def memory_bytes(self) -> int:
+        """Bytes of the arrays."""
+        data = self._data
+        return self._held.nbytes + data.sums.nbytes + data.mins.nbytes + data.lasts.nbytes
+
+    def _at(self, slots: Ints) -> Aggregates:
+        # `take` copies whole rows; fancy indexing would go element by element
+        data = self._data
+        return Aggregates(
+            data.sums.take(slots, axis=0),
+            data.mins.take(slots, axis=0),
+            data.lasts.take(slots, axis=0),
+        )
+
+    def _block(self, rows: Ints, newest_tile: Ints) -> Aggregates:
+        ages = np.arange(self._tiles)
+        tiles = newest_tile[:, None] - ages
+        slots = rows[:, None] * self.length + tiles % self.length
+        held = self._held[slots] == tiles
+        starts = np.concatenate(([0], self._layout.spans[:-1]))
+        sums = self._data.sums.take(slots, axis=0)
+        sums *= held[:, :, None]
+        mins = np.where(
+            held[:, :, None], self._data.mins.take(slots, axis=0), np.iinfo(np.int64).max
+        )
+        return Aggregates(
+            np.add.reduceat(sums, starts, axis=1).cumsum(axis=1),
+            np.minimum.accumulate(np.minimum.reduceat(mins, starts, axis=1), axis=1),
+            self._lasts(slots, held),
+        )
+
+    def _lasts(self, slots: Ints, held: npt.NDArray[np.bool_]) -> Ints:
+        """The newest record of each window: it is in the newest tile that has one."""
+        spans = self._layout.spans
+        out = np.full((len(slots), len(spans), len(self._layout.lasts), RECORD), NEVER, np.int64)
+        for place in range(len(self._layout.lasts)):
+            has = held & (self._data.lasts[:, place, 0][slots] != NEVER)
+            age = np.where(has.any(axis=1), has.argmax(axis=1), self._tiles)
+            found = np.flatnonzero(age < self._tiles)
+            newest = self._data.lasts[slots[found, age[found]], place]
+            inside = age[found, None] < spans
+            out[found, :, place] = np.where(inside[:, :, None], newest[:, None], NEVER)
+        return out
+
+
+def _merge_some(parts: Aggregates, at: Ints, others: Aggregates) -> Aggregates:
+    """`parts` with the rows `at` merged with `others`."""
+    merged = Aggregates(parts.sums[at], parts.mins[at], parts.lasts[at]).merge(others)
+    whole = Aggregates(parts.sums.copy(), parts.mins.copy(), parts.lasts.copy())
+    whole.sums[at], whole.mins[at], whole.lasts[at] = merged.sums, merged.mins, merged.lasts
+    return whole
+
+
+def _grown(array: Ints, length: int) -> Ints:
+    grown = np.empty((length, *array.shape[1:]), np.int64)
+    grown[: len(array)] = array
+    return grown

@@ -1,0 +1,127 @@
+"""From primitives to the numbers of a vector, always by the same float operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from services.features.domain.aggregates import NEVER, NO_MINIMUM, Aggregates
+from services.features.domain.definitions import FeatureView
+from services.features.domain.events import Ints
+from services.features.domain.layout import SQUARE_BITS, Group, Layout
+
+Vectors = npt.NDArray[np.float32]
+Floats = npt.NDArray[np.floating[Any]]  # float64: what the type checker makes of int * float
+# Above this a sum of squared deviations may have left int64; floats are exact enough there.
+_INT_LIMIT = 2.0**62
+
+
+@dataclass(frozen=True)
+class Primitives:
+    """All that an answer is made from.
+
+    windows: aggregates of shape [n, windows]; latest: records [n, latests, RECORD]; as_of_us: [n].
+    """
+
+    windows: Aggregates
+    latest: Ints
+    as_of_us: Ints
+
+
+def vectors(view: FeatureView, layout: Layout, primitives: Primitives) -> Vectors:
+    """The view's features for each request: float32 [n, features], NaN where there is nothing."""
+    out = np.empty((len(primitives.as_of_us), len(view.features)), np.float32)
+    for group in layout.groups:
+        out[:, group.places] = _FINISH[group.aggregation](view, group, primitives)
+    return out
+
+
+def _sums(group: Group, primitives: Primitives) -> list[Ints]:
+    return [primitives.windows.sums[:, group.spans, part] for part in group.parts]
+
+
+def _count(_view: FeatureView, group: Group, primitives: Primitives) -> Floats:
+    return _sums(group, primitives)[0].astype(np.float64)
+
+
+def _sum(view: FeatureView, group: Group, primitives: Primitives) -> Floats:
+    return _sums(group, primitives)[0] * view.resolution
+
+
+def _mean(view: FeatureView, group: Group, primitives: Primitives) -> Floats:
+    count, total = _sums(group, primitives)
+    return _unless(count == 0, total / np.maximum(count, 1) * view.resolution)
+
+
+def _std(view: FeatureView, group: Group, primitives: Primitives) -> Floats:
+    """Population deviation about the mean, computed about the nearest whole number to it.
+
+    With c = round(mean), sum((q - c)^2) = S2 - 2cS1 + nc^2 has no cancellation left to lose: it
+    is exact in int64 (modulo 2^64) while it fits, and so large that floats do where it does not.
+    """
+    count, total, high, low = _sums(group, primitives)
+    n = np.maximum(count, 1)
+    center = np.rint(total / n).astype(np.int64)
+    exact = (high << SQUARE_BITS) + low - 2 * center * total + n * center * center
+    c, s1 = center.astype(np.float64), total.astype(np.float64)
+    squares = high.astype(np.float64) * 2.0**SQUARE_BITS + low
+    rough = squares - 2.0 * c * s1 + n * c * c
+    deviations = np.where(rough < _INT_LIMIT, exact.astype(np.float64), rough)
+    offset = (total - n * center) / n
+    variance = np.maximum(deviations / n - offset * offset, 0.0)
+    return _unless(count == 0, np.sqrt(variance) * view.resolution)
+
+
+def _extreme(sign: int) -> Callable[[FeatureView, Group, Primitives], Floats]:
+    def finish(view: FeatureView, group: Group, primitives: Primitives) -> Floats:
+        found = primitives.windows.mins[:, group.spans, group.parts[0]]
+        return _unless(found == NO_MINIMUM, sign * found * view.resolution)
+
+    return finish
+
+
+def _last(view: FeatureView, group: Group, primitives: Primitives) -> Floats:
+    found = primitives.windows.lasts[:, group.spans, group.parts[0]]
+    return _unless(found[..., 0] == NEVER, found[..., 3] * view.resolution)
+
+
+def _latest(view: FeatureView, group: Group, primitives: Primitives) -> Floats:
+    found = primitives.latest[:, group.parts[0]]
+    return _unless(_gone(view, found, primitives), found[..., 3] * view.resolution)
+
+
+def _age(view: FeatureView, group: Group, primitives: Primitives) -> Floats:
+    found = primitives.latest[:, group.parts[0]]
+    age_us = np.maximum(primitives.as_of_us[:, None] - found[..., 0], 0)
+    return _unless(_gone(view, found, primitives), age_us / 1e6)
+
+
+def _gone(view: FeatureView, found: Ints, primitives: Primitives) -> npt.NDArray[np.bool_]:
+    """Where there is no record, or only one that is older than the view remembers."""
+    absent = found[..., 0] == NEVER
+    if view.retention_us is None:
+        return np.asarray(absent)
+    oldest = primitives.as_of_us[:, None] - view.retention_us
+    return np.asarray(absent | (found[..., 0] < oldest))
+
+
+def _unless(empty: npt.NDArray[np.bool_], values: Floats) -> Floats:
+    # one NaN, the same bits on every machine
+    return np.where(empty, np.nan, values)
+
+
+_FINISH: dict[str, Callable[[FeatureView, Group, Primitives], Floats]] = {
+    "count": _count,
+    "sum": _sum,
+    "mean": _mean,
+    "std": _std,
+    "min": _extreme(1),
+    "max": _extreme(-1),
+    "last": _last,
+    "latest": _latest,
+    "age": _age,
+}

@@ -27,12 +27,14 @@ class Retryable(MeshError):
 class Poison(MeshError):
     """Some rows of the batch can never be handled; the others can.
 
-    `rows` maps a row number of the batch to the reason a person will read on the dead letter.
+    `rows` maps a frame row of the unit's batch number `batch` to the reason a person will read on
+    the dead letter.
     """
 
-    def __init__(self, rows: Mapping[int, str]) -> None:
+    def __init__(self, rows: Mapping[int, str], *, batch: int = 0) -> None:
         super().__init__(f"{len(rows)} poison rows: {dict(list(rows.items())[:3])}")
         self.rows = dict(rows)
+        self.batch = batch
 
 
 class Fatal(MeshError):

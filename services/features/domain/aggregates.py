@@ -139,7 +139,9 @@ def newest_of_segments(events: RowEvents, column: int, starts: Ints) -> Ints:
 
 def records(events: RowEvents, column: int, at: Ints) -> Ints:
     """The records of the events `at` (any shape); absent where `at` is negative."""
-    out = np.empty((*at.shape, RECORD), np.int64)
+    out = np.full((*at.shape, RECORD), NEVER, np.int64)
+    if not len(events):
+        return out
     fields = (events.occurred_at_us, events.source, events.position)
     for part, field in enumerate(fields):
         out[..., part] = field[at]

@@ -96,7 +96,7 @@ class Aligner:
         if self._apply_on == "arrival":
             self._apply(view_name, coded, None)
         else:
-            self._pending[view_name].append(coded)
+            _append(self._pending[view_name], coded)
 
     def add_requests(self, frame: pl.DataFrame) -> None:
         """Take requests; live ones are answered at once, all of them come out of `ready`.
@@ -117,7 +117,7 @@ class Aligner:
         if not live.all():
             self._waiting = _joined(self._waiting, frame.filter(~live))
         if live.any():
-            self._answer(frame.filter(live), self._all_pending())
+            self._answer(frame.filter(live), self._pending)
 
     def advance(self, watermark_us: int) -> Advanced:
         """Answer and apply what the watermark (the least of all sources) allows."""
@@ -126,7 +126,9 @@ class Aligner:
             self._boundary_us = boundary
         due = {name: self._take_due(name, self._boundary_us) for name in self._pending}
         answered = self._answer_due(due, self._boundary_us)
-        for name, events in due.items():
+        for name, parts in due.items():
+            columns = len(self._store.views[name].view.columns)
+            events = RowEvents.concatenate(parts) if parts else RowEvents.none(columns)
             self._apply(name, events, self._boundary_us)
         return self._account(answered)
 
@@ -151,9 +153,15 @@ class Aligner:
     def unemitted_floor_us(self) -> int | None:
         """The least event time of any request that was not emitted: no watermark may pass it."""
         frames = [frame for frame in (self._waiting, self._held) if frame is not None]
-        return min(
-            (int(frame["occurred_at_us"].to_numpy().min()) for frame in frames), default=None
-        )
+        floors = [int(frame["occurred_at_us"].to_numpy().min()) for frame in frames]
+        return min(floors, default=None)
+
+    @property
+    def answered_until_us(self) -> int | None:
+        """No replay answer still to come is as of an earlier time; None before any watermark."""
+        if self._boundary_us is None or self._waiting is None:
+            return self._boundary_us
+        return min(self._boundary_us, int(self._waiting["as_of_us"].to_numpy().min()))
 
     def pending_rows(self, view_name: str) -> Ints:
         """The entity rows of events that wait to be applied."""
@@ -173,8 +181,10 @@ class Aligner:
         }
         named = {"waiting": self._waiting, "held": self._held}
         frames = {name: frame for name, frame in named.items() if frame is not None}
-        for name, events in self._all_pending().items():
-            frames[f"pending.{name}"] = matrix_frame(_stacked(events))
+        for name, parts in self._pending.items():
+            if parts:
+                stacked = _stacked(RowEvents.concatenate(parts))
+                frames[f"pending.{name}"] = matrix_frame(stacked)
         return pack(header, frames)
 
     def restore(self, snapshot: bytes) -> None:
@@ -215,14 +225,7 @@ class Aligner:
         if bad:
             raise Poison(bad)
 
-    def _all_pending(self) -> dict[str, RowEvents]:
-        waiting = {name: parts for name, parts in self._pending.items() if parts}
-        joined = {name: RowEvents.concatenate(parts) for name, parts in waiting.items()}
-        for name, events in joined.items():
-            self._pending[name] = [events]
-        return joined
-
-    def _take_due(self, name: str, boundary_us: int) -> RowEvents:
+    def _take_due(self, name: str, boundary_us: int) -> list[RowEvents]:
         """Remove and return the pending events before the boundary."""
         taken, kept = [], []
         for part in self._pending[name]:
@@ -235,11 +238,9 @@ class Aligner:
             else:
                 kept.append(part)
         self._pending[name] = kept
-        if not taken:
-            return RowEvents.none(len(self._store.views[name].view.columns))
-        return RowEvents.concatenate(taken)
+        return taken
 
-    def _answer_due(self, due: dict[str, RowEvents], boundary_us: int) -> int:
+    def _answer_due(self, due: dict[str, list[RowEvents]], boundary_us: int) -> int:
         if self._waiting is None:
             return 0
         now = self._waiting["as_of_us"] <= boundary_us
@@ -251,7 +252,7 @@ class Aligner:
         self._answer(asked, due)
         return asked.height
 
-    def _answer(self, requests: pl.DataFrame, chunk: dict[str, RowEvents]) -> None:
+    def _answer(self, requests: pl.DataFrame, chunk: dict[str, list[RowEvents]]) -> None:
         vector = self._store.answer_signatures(
             requests, self._signatures, requests["as_of_us"].to_numpy(), chunk
         )
@@ -278,6 +279,13 @@ class Aligner:
         self._applied = self._late_events = self._dropped_events = self._late_requests = 0
         self._touched = {}
         return report
+
+
+def _append(parts: list[RowEvents], more: RowEvents) -> None:
+    """Add a part, joining small ones: few parts, and each event is copied few times."""
+    parts.append(more)
+    while len(parts) > 1 and len(parts[-2]) <= 2 * len(parts[-1]):
+        parts[-2:] = [RowEvents.concatenate(parts[-2:])]
 
 
 def _joined(frame: pl.DataFrame | None, more: pl.DataFrame) -> pl.DataFrame:

@@ -7,6 +7,8 @@ one at or before the end of the range. No step depends on how many slices the ch
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from services.features.domain.aggregates import (
@@ -23,11 +25,13 @@ from services.features.domain.layout import Layout, minima, present, summands
 class Chunk:
     """The events of a chunk that concern the rows asked for, ready for range queries."""
 
-    def __init__(self, layout: Layout, events: RowEvents, rows: Ints) -> None:
-        wanted = np.zeros(1 + max(int(events.rows.max()), int(rows.max())), np.bool_)
+    def __init__(self, layout: Layout, parts: Sequence[RowEvents], rows: Ints) -> None:
+        end = 1 + max(int(part.rows.max(initial=0)) for part in parts)
+        wanted = np.zeros(max(end, 1 + int(rows.max())), np.bool_)
         wanted[rows] = True
+        chosen = [part.take(wanted[part.rows]) for part in parts]
         self._layout = layout
-        self._events = events.take(wanted[events.rows]).in_order(layout)
+        self._events = RowEvents.concatenate(chosen).in_order(layout)
         self._starts = np.searchsorted(self._events.rows, rows)
         self._locator = _Locator(rows, self._events)
         self._rows = rows
@@ -57,8 +61,6 @@ class Chunk:
 
     def _newest(self, column: int, low: Ints, high: Ints) -> Ints:
         count = len(self._events)
-        if not count:
-            return records(self._events, column, np.full(low.shape, -1))
         at = np.where(present([column], self._events.values)[0], np.arange(count), -1)
         reached = np.concatenate(([-1], np.maximum.accumulate(at)))[high]
         return records(self._events, column, np.where(reached >= low, reached, -1))

@@ -86,7 +86,7 @@ class ViewState:
 
         A null or unknown entity gets the answer over no events.
         """
-        return self.answer_rows(self.index.find(_keys(entities)), as_of_us, None)
+        return self.answer_rows(self.index.find(_keys(entities)), as_of_us, ())
 
     def answer_chunk(
         self, events: ViewEvents | RowEvents, entities: Entities, as_of_us: Ints
@@ -97,16 +97,16 @@ class ViewState:
         as no as-of time is before what has been applied.
         """
         coded = self.encode(events) if isinstance(events, ViewEvents) else events
-        return self.answer_rows(self.index.find(_keys(entities)), as_of_us, coded)
+        return self.answer_rows(self.index.find(_keys(entities)), as_of_us, (coded,))
 
-    def answer_rows(self, rows: Ints, as_of_us: Ints, events: RowEvents | None) -> Vectors:
+    def answer_rows(self, rows: Ints, as_of_us: Ints, parts: Sequence[RowEvents]) -> Vectors:
         """`answer_chunk` for rows that `EntityIndex.find` gave out."""
         tile = self.view.tile_us
         newest_tile = (as_of_us - 1) // tile
         windows = self.ring.windows(rows, newest_tile)
         latest = self._latest[rows, : len(self.layout.latests)]
-        if events is not None and len(events) and len(rows):
-            chunk = Chunk(self.layout, events, rows)
+        if len(rows) and any(len(part) for part in parts):
+            chunk = Chunk(self.layout, parts, rows)
             first_us = (newest_tile[:, None] - self.layout.spans + 1) * tile
             windows = windows.merge(chunk.windows(first_us, as_of_us))
             latest = newest(latest, chunk.latest(as_of_us))

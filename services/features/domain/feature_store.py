@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 import numpy as np
 import polars as pl
@@ -61,7 +62,7 @@ class FeatureStore:
         requests: pl.DataFrame,
         feature_names: Sequence[str],
         as_of_us: Ints,
-        chunk: Mapping[str, RowEvents] | None = None,
+        chunk: Mapping[str, Sequence[RowEvents]] | None = None,
     ) -> Vectors:
         """The named features of each request: float32 [n, len(feature_names)].
 
@@ -74,7 +75,7 @@ class FeatureStore:
         for name, wanted in self._by_view(feature_names).items():
             state = self.views[name]
             rows = state.index.find(_request_keys(requests, state.view))
-            answer = state.answer_rows(rows, as_of_us, chunk.get(name) if chunk else None)
+            answer = state.answer_rows(rows, as_of_us, chunk.get(name, ()) if chunk else ())
             for column, place in wanted:
                 out[:, column] = answer[:, place]
         return out
@@ -84,9 +85,9 @@ class FeatureStore:
         requests: pl.DataFrame,
         signatures: Mapping[str, Sequence[str]],
         as_of_us: Ints,
-        chunk: Mapping[str, RowEvents] | None = None,
+        chunk: Mapping[str, Sequence[RowEvents]] | None = None,
     ) -> pl.Series:
-        """One vector a request, in the features of its `signature`: bytes, float32 little-endian."""
+        """One vector a request, in the features of its `signature`: float32 little-endian."""
         out = np.empty(requests.height, object)
         asked = requests["signature"]
         for signature in asked.unique(maintain_order=True).to_list():
@@ -114,8 +115,7 @@ def vector_bytes(matrix: Vectors) -> list[bytes]:
     if not width:
         return [b""] * rows
     packed = np.ascontiguousarray(matrix, "<f4").view(np.dtype((np.void, 4 * width)))
-    listed: list[bytes] = packed.ravel().tolist()
-    return listed
+    return cast("list[bytes]", packed.ravel().tolist())
 
 
 def _request_keys(requests: pl.DataFrame, view: FeatureView) -> pl.Series:

@@ -66,8 +66,11 @@ class PartitionState:
         """The least event time of any request not emitted yet; None when there is none."""
         return self.aligner.unemitted_floor_us()
 
-    def evict(self, before_us: int) -> int:
-        """Forget entities that no answer as of `before_us` or later depends on; how many."""
+    def evict(self) -> int:
+        """Forget entities that no replay answer still to come depends on; returns how many."""
+        before_us = self.aligner.answered_until_us
+        if before_us is None:
+            return 0
         return sum(
             state.evict(before_us, self.aligner.pending_rows(name))
             for name, state in self.store.views.items()

@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from causemesh.errors import Fatal, Misdeclared
-from services.features.domain.definitions import Feature, FeatureView, InputColumn
+from services.features.domain.definitions import Aggregation, Feature, FeatureView, InputColumn
 from services.features.domain.engine import ViewState
 from services.features.domain.events import ViewEvents, read_events
 from services.features.domain.vectors import Vectors
 from tests.unit.features.reference import Event, expected, frame_of
 
 TILE = 10
-KINDS = ("count", "sum", "mean", "min", "max", "std", "last")
+KINDS: tuple[Aggregation, ...] = ("count", "sum", "mean", "min", "max", "std", "last")
 ENTITIES = ["a", "b", "c"]
 ASKED = [*ENTITIES, "unknown", None]
 
@@ -215,7 +215,8 @@ def test_std_is_exact_for_a_small_spread_about_a_large_mean() -> None:
     assert got == np.float32(np.sqrt(2 / 3))
     # control: the textbook formula in float32 or with float sums of squares loses it
     squares = np.float32(sum(np.float32(v) ** 2 for v in values) / np.float32(3))
-    assert abs(np.sqrt(max(squares - np.float32(1_000_001.0) ** 2, 0)) - got) > 0.1
+    variance = max(float(squares - np.float32(1_000_001.0) ** 2), 0.0)
+    assert abs(np.sqrt(variance) - got) > 0.1
 
 
 def test_a_live_answer_includes_applied_events_of_its_own_tile_but_no_later_tile() -> None:

@@ -1,0 +1,54 @@
+"""What a worker is told: its topics and its bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from causemesh.bus.base import TopicPartition
+from causemesh.catalogue import Catalogue
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of a worker. Times are in seconds."""
+
+    max_records: int = 5_000
+    max_wait_s: float = 0.2
+    attempts: int = 3
+    retry_s: float = 0.2
+    commit_every_units: int = 1
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a worker reads and writes.
+
+    `shared` topics are co-partitioned and read on the worker's own partition number; `broadcast`
+    topics are read whole. `expected` overrides the sources whose watermarks an input topic carries.
+    """
+
+    service: str
+    group: str
+    shared: tuple[str, ...]
+    writes: tuple[str, ...] = ()
+    broadcast: tuple[str, ...] = ()
+    expected: Mapping[str, Sequence[TopicPartition]] = field(default_factory=dict)
+
+    def inputs(self, catalogue: Catalogue, partition: int) -> list[TopicPartition]:
+        """Every partition that the worker of `partition` reads."""
+        broadcast = [
+            (topic, number)
+            for topic in self.broadcast
+            for number in range(catalogue.topic(topic).partitions)
+        ]
+        return [(topic, partition) for topic in self.shared] + broadcast
+
+    def sources(self, catalogue: Catalogue, source: TopicPartition) -> Sequence[TopicPartition]:
+        """The cause sources whose watermarks must arrive on one input partition."""
+        topic = source[0]
+        if topic in self.expected:
+            return self.expected[topic]
+        if catalogue.topic(topic).form == "inbox":
+            return [source]
+        return catalogue.source_partitions(topic)

@@ -1,0 +1,154 @@
+"""One partition's worker: claim, seek, fetch, drop replays, handle, emit in order, commit fenced.
+
+A unit of work is what one fetch brought. Its order is fixed and each step may be the last before a
+crash:
+
+1. decode, hear watermarks, drop replays (`Intake`);
+2. the processor handles all batches of the unit, inside the store's transaction;
+3. outputs are emitted in cause order and acknowledged, then watermarks behind them;
+4. positions, marks, promises and state are committed with the effects, if the epoch is still ours.
+
+A crash after 3 and before 4 emits the same outputs again; their readers' marks drop them. A failed send
+stops the worker: it starts over from the stored position and never skips.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from causemesh.bus.base import BEFORE_FIRST, Bus, Reader, TopicPartition
+from causemesh.catalogue import Catalogue
+from causemesh.clock import Clock
+from causemesh.codec.base import BatchDecoder
+from causemesh.positions import Checkpoint, Claim, PositionStore
+from causemesh.runner.batch import NEVER, Batch, Emission, Processor
+from causemesh.runner.deadletters import DeadRows, dead_letters
+from causemesh.runner.emitter import Emitter
+from causemesh.runner.faults import Faults
+from causemesh.runner.intake import Intake
+from causemesh.runner.marks import HighWaterMarks
+from causemesh.runner.stage import Limits, Stage
+from causemesh.runner.watermarks import WatermarkTracker
+
+
+class PartitionWorker:
+    """Runs one partition of one stage until it is stopped, fenced or fails."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        partition: int,
+        processor: Processor,
+        *,
+        bus: Bus,
+        store: PositionStore,
+        catalogue: Catalogue,
+        decoder: BatchDecoder,
+        emitter: Emitter,
+        clock: Clock,
+        limits: Limits,
+        deduplicate: bool = True,
+    ) -> None:
+        self.stage = stage
+        self.partition = partition
+        self._processor = processor
+        self._bus = bus
+        self._store = store
+        self._catalogue = catalogue
+        self._emitter = emitter
+        self._limits = limits
+        self._faults = Faults(clock, limits)
+        self._marks = HighWaterMarks(enabled=deduplicate)
+        inputs = stage.inputs(catalogue, partition)
+        self.watermarks = WatermarkTracker(
+            {source: stage.sources(catalogue, source) for source in inputs}
+        )
+        self.positions: dict[TopicPartition, int] = dict.fromkeys(inputs, BEFORE_FIRST)
+        self.intake = Intake(catalogue, decoder, self._marks, self.watermarks)
+        self._promised: dict[tuple[str, str, int], int] = {}
+        self._uncommitted = 0
+        self._seen_watermark = NEVER
+        self.stopping = False
+
+    async def run(self) -> None:
+        """Work until `stopping`. Raises Fenced when replaced, Retryable or Fatal when it failed."""
+        claim, checkpoint = await self._store.claim(self.stage.group, self.partition)
+        self._restore(checkpoint or Checkpoint())
+        reader = self._bus.reader(self.positions)
+        try:
+            while not self.stopping:
+                await self._step(claim, reader)
+            if self._uncommitted and self._processor.stateful:
+                async with self._store.unit(claim) as unit:
+                    await unit.commit(self._checkpoint())
+        finally:
+            await reader.close()
+
+    def _restore(self, stored: Checkpoint) -> None:
+        known = {source: at for source, at in stored.positions.items() if source in self.positions}
+        self.positions.update(known)
+        self._marks.load(stored.marks)
+        self.watermarks.load(stored.promises)
+        self._processor.restore(stored.state)
+
+    async def _step(self, claim: Claim, reader: Reader) -> None:
+        raws = await reader.fetch(self._limits.max_records, self._limits.max_wait_s)
+        batches = await self.intake.take(raws)
+        for raw in raws:
+            self.positions[(raw.topic, raw.partition)] = int(raw.positions[-1])
+        self._uncommitted += bool(raws)
+
+        async def attempt(batches: Sequence[Batch], dead: DeadRows) -> None:
+            await self._unit(claim, batches, dead, idle=not raws)
+
+        async def rehearse(batches: Sequence[Batch]) -> None:
+            async with self._store.unit(claim) as unit:
+                await self._processor.process(batches, self.watermarks.least(), unit.transaction)
+
+        await self._faults.contain(self._processor, batches, attempt, rehearse)
+
+    async def _unit(
+        self, claim: Claim, batches: Sequence[Batch], dead: DeadRows, *, idle: bool
+    ) -> None:
+        async with self._store.unit(claim) as unit:
+            watermark = self.watermarks.least()
+            emission = await self._processor.process(batches, watermark, unit.transaction)
+            letters = dead_letters(self.stage.service, dead)
+            promises = self._due_promises(emission)
+            await self._emitter.send([*emission.outgoing, *letters], promises)
+            self._promised.update(promises)
+            if self._commit_is_due(moved=watermark != self._seen_watermark, idle=idle):
+                await unit.commit(self._checkpoint())
+                self._uncommitted = 0
+                self._seen_watermark = watermark
+
+    def _commit_is_due(self, *, moved: bool, idle: bool) -> bool:
+        if not self._processor.stateful:
+            return self._uncommitted > 0 or moved
+        return self._uncommitted >= self._limits.commit_every_units or (
+            idle and (self._uncommitted > 0 or moved)
+        )
+
+    def _due_promises(self, emission: Emission) -> dict[tuple[str, str, int], int]:
+        """Watermarks to forward: those that moved since the last unit, one an output topic."""
+        due = {}
+        for topic in self.stage.writes:
+            for source in self._catalogue.topic(topic).sources:
+                if source not in self.stage.shared:
+                    continue
+                read = self.watermarks.of_input((source, self.partition))
+                at_us = emission.promises.get(source, NEVER if read is None else read)
+                key = (topic, source, self.partition)
+                if at_us > self._promised.get(key, NEVER):
+                    due[key] = at_us
+        return due
+
+    def _checkpoint(self) -> Checkpoint:
+        least = self.watermarks.least()
+        return Checkpoint(
+            dict(self.positions),
+            self._marks.dump(),
+            self.watermarks.dump(),
+            None if least == NEVER else least,
+            self._processor.snapshot(),
+        )

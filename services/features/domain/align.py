@@ -9,7 +9,7 @@ comes out of order as a replay. What waits, is held or not applied yet is part o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -208,20 +208,21 @@ class Aligner:
         missing = [name for name in _REQUIRED if name not in frame.columns]
         if missing:
             raise Misdeclared(f"requests lack the columns {missing}")
-        modes = ["live"] if self._apply_on == "arrival" else ["live", "replay"]
-        whole = pl.all_horizontal(pl.col("source", "position", "occurred_at_us").is_not_null())
-        reasons = {
-            f"mode must be one of {modes} here": pl.col("mode").is_in(modes),
-            "its signature is not declared": pl.col("signature").is_in(list(self._signatures)),
-            "source, position and occurred_at_us must not be null": whole,
-        }
-        checked = frame.select(
-            (~holds.fill_null(value=False)).alias(str(number))
-            for number, holds in enumerate(reasons.values())
-        )
+        modes = {"live"} if self._apply_on == "arrival" else {"live", "replay"}
         bad: dict[int, str] = {}
-        for reason, broken in zip(reasons, checked, strict=True):
-            bad |= dict.fromkeys(broken.arg_true().to_list(), reason)
+        for name in ("source", "position", "occurred_at_us"):
+            if frame[name].null_count():
+                bad |= dict.fromkeys(frame[name].is_null().arg_true().to_list(), f"{name} is null")
+        allowed: tuple[tuple[str, Collection[str]], ...] = (
+            ("mode", modes),
+            ("signature", self._signatures),
+        )
+        for name, values in allowed:
+            if not set(frame[name].to_list()) <= set(values):
+                reason = f"{name} must be one of {sorted(values)} here"
+                for row, value in enumerate(frame[name]):
+                    if value not in values:
+                        bad[row] = f"{reason}, not {value!r}"
         if bad:
             raise Poison(bad)
 

@@ -272,7 +272,7 @@ def outcome(seed: int, **arms: Any) -> bool:
     return Worker(world, random.Random(seed + 1), **arms).run() == world.answers()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_replay_is_a_pure_function_of_its_input(seed: int) -> None:
     assert outcome(seed)
@@ -395,7 +395,7 @@ def test_poison_is_raised_before_anything_is_kept() -> None:
     mixed = pl.concat([requests(15), requests(15).with_columns(signature=pl.lit("other"))])
     with pytest.raises(Poison) as refused:
         state.add_requests(mixed)
-    assert "not declared" in refused.value.rows[1]
+    assert "signature must be one of" in refused.value.rows[1]
     assert state.advance(FOREVER).applied == 0
     assert state.ready() is None
 

@@ -101,7 +101,8 @@ def test_a_mistake_is_refused_with_the_view_and_what_is_wrong(
 
 
 def test_a_document_without_views_is_refused() -> None:
-    for document in ({}, {"views": {}}, {"views": {"v": None}}):
+    documents: list[dict[str, Any]] = [{}, {"views": {}}, {"views": {"v": None}}]
+    for document in documents:
         with pytest.raises(DefinitionError):
             parse_views(document)
 

@@ -94,7 +94,7 @@ def restored(state: ViewState) -> ViewState:
     return fresh
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     events=event_lists(),
     cuts=st.lists(st.integers(-30, 190), max_size=6),

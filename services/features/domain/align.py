@@ -219,10 +219,9 @@ class Aligner:
         )
         for name, values in allowed:
             if not set(frame[name].to_list()) <= set(values):
-                reason = f"{name} must be one of {sorted(values)} here"
                 for row, value in enumerate(frame[name]):
                     if value not in values:
-                        bad[row] = f"{reason}, not {value!r}"
+                        bad[row] = f"{name} {value!r} is not declared or not served here"
         if bad:
             raise Poison(bad)
 
@@ -244,7 +243,7 @@ class Aligner:
     def _answer_due(self, due: dict[str, list[RowEvents]], boundary_us: int) -> int:
         if self._waiting is None:
             return 0
-        now = self._waiting["as_of_us"] <= boundary_us
+        now = self._waiting["as_of_us"] < boundary_us
         asked = self._waiting.filter(now)
         if not asked.height:
             return 0

@@ -1,0 +1,220 @@
+"""Framed values to columns: several writer schemas in one batch, bad records isolated."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import fastavro
+import numpy as np
+import polars as pl
+
+from causemesh.codec.base import Decoded
+from causemesh.codec.block import BlockReader
+from causemesh.codec.columns import NotExpressibleError, frame_schema, resolve, shape
+from causemesh.codec.registry import Registry, UnknownSchema
+from causemesh.codec.wire import FOREIGN, HEADER_BYTES, schema_ids
+from causemesh.errors import Misdeclared
+from causemesh.schemas import check_record
+
+MAX_VALUE_BYTES = 1 << 20
+_ONE_BY_ONE = 16
+_RESTARTS = 8
+
+
+class Decoder:
+    """Decodes batches by the registry's writer schemas."""
+
+    def __init__(self, registry: Registry, *, max_value_bytes: int = MAX_VALUE_BYTES) -> None:
+        self._registry = registry
+        self._max_value_bytes = max_value_bytes
+        self._writers: dict[int, _Writer] = {}
+
+    async def decode(self, values: Sequence[bytes | None], reader: Mapping[str, Any]) -> Decoded:
+        """See `BatchDecoder.decode`."""
+        name = full_name(reader)
+        frames: list[pl.DataFrame] = []
+        rows: list[np.ndarray[Any, Any]] = []
+        bad: dict[int, str] = {}
+        foreign: dict[str, list[int]] = {}
+        ids = schema_ids(values)
+        for schema_id in np.unique(ids).tolist():
+            members = np.flatnonzero(ids == schema_id)
+            writer = await self._writer(schema_id)
+            if isinstance(writer, str):
+                bad |= dict.fromkeys(members.tolist(), writer)
+                continue
+            if writer.name != name:
+                foreign[writer.name] = members.tolist()
+                continue
+            fits, oversize = self._split_by_size(values, members)
+            bad |= oversize
+            frame, good, wrong = writer.read([values[row] or b"" for row in fits], reader)
+            frames.append(frame)
+            rows.append(fits[good])
+            bad |= {int(fits[row]): reason for row, reason in wrong.items()}
+        return Decoded(*_in_order(frames, rows, reader), bad, foreign)
+
+    def _split_by_size(
+        self, values: Sequence[bytes | None], members: np.ndarray[Any, Any]
+    ) -> tuple[np.ndarray[Any, Any], dict[int, str]]:
+        sizes = np.array([len(values[row] or b"") for row in members])
+        over = sizes > self._max_value_bytes
+        reasons = {
+            int(row): f"oversize: {size} bytes, at most {self._max_value_bytes}"
+            for row, size in zip(members[over], sizes[over], strict=True)
+        }
+        return members[~over], reasons
+
+    async def _writer(self, schema_id: int) -> _Writer | str:
+        """The writer of an id, or the reason why its records are bad."""
+        if schema_id == FOREIGN:
+            return "not framed: a value starts with a zero byte and a four-byte schema id"
+        writer = self._writers.get(schema_id)
+        if writer is None:
+            try:
+                schema = await self._registry.schema(schema_id)
+                check_record(schema, columnar=False)
+            except UnknownSchema as error:
+                return str(error)
+            except Misdeclared as error:
+                return f"schema id {schema_id} is refused: {error}"
+            writer = self._writers[schema_id] = _Writer(schema)
+        return writer
+
+
+def full_name(schema: Mapping[str, Any]) -> str:
+    """Namespace and name of a record."""
+    namespace = schema.get("namespace")
+    return f"{namespace}.{schema['name']}" if namespace else str(schema["name"])
+
+
+def _in_order(
+    frames: list[pl.DataFrame], rows: list[np.ndarray[Any, Any]], reader: Mapping[str, Any]
+) -> tuple[pl.DataFrame, np.ndarray[Any, Any]]:
+    if not frames:
+        return pl.DataFrame(schema=frame_schema(reader)), np.empty(0, dtype=np.int64)
+    if len(frames) == 1:
+        return frames[0], rows[0]
+    joined = np.concatenate(rows)
+    order = np.argsort(joined, kind="stable")
+    return pl.concat(frames)[order], joined[order]
+
+
+class _Writer:
+    """One writer schema: by block where it is columnar, else record by record."""
+
+    def __init__(self, schema: dict[str, Any]) -> None:
+        self.schema = schema
+        self.name = full_name(schema)
+        try:
+            check_record(schema, columnar=True)
+            self._block: BlockReader | None = BlockReader(schema)
+        except Misdeclared:
+            self._block = None
+        self._parsed = fastavro.parse_schema(plain(schema))
+        self._readers: dict[str, Any] = {}
+
+    def read(
+        self, values: Sequence[bytes], reader: Mapping[str, Any]
+    ) -> tuple[pl.DataFrame, list[int], dict[int, str]]:
+        """Frame of good rows, their numbers, and reasons of the others."""
+        bodies = [value[HEADER_BYTES:] for value in values]
+        run = _Run(self, bodies, reader)
+        run.blocks(0, len(bodies), _RESTARTS)
+        frames = run.frames or [pl.DataFrame(schema=frame_schema(reader))]
+        return pl.concat(frames), run.good, run.bad
+
+    def block(self, bodies: Sequence[bytes], reader: Mapping[str, Any]) -> tuple[Any, int] | None:
+        """Leading good rows by column; None when this block must be split."""
+        read = self._block.read(bodies) if self._block is not None else None
+        if read is None:
+            return None
+        try:
+            return resolve(read[0], self.schema, reader), read[1]
+        except (NotExpressibleError, pl.exceptions.PolarsError):
+            return None
+
+    def one(self, body: bytes, reader: Mapping[str, Any]) -> dict[str, Any]:
+        """One record. Raises ValueError with the reason."""
+        key = shape(dict(reader))
+        parsed = self._readers.get(key)
+        if parsed is None:
+            parsed = self._readers[key] = fastavro.parse_schema(plain(dict(reader)))
+        stream = io.BytesIO(body)
+        try:
+            row: dict[str, Any] = fastavro.schemaless_reader(stream, self._parsed, parsed)
+        except Exception as error:  # noqa: BLE001 - fastavro raises whatever the bytes provoke
+            raise ValueError(f"does not decode as {self.name}: {error!r}"[:300]) from error
+        left = len(body) - stream.tell()
+        if left:
+            raise ValueError(f"does not decode as {self.name}: {left} bytes are left over")
+        return row
+
+
+class _Run:
+    """Decodes one list of bodies, splitting around bad ones."""
+
+    def __init__(self, writer: _Writer, bodies: Sequence[bytes], reader: Mapping[str, Any]) -> None:
+        self._writer = writer
+        self._bodies = bodies
+        self._reader = reader
+        self._schema = frame_schema(reader)
+        self.frames: list[pl.DataFrame] = []
+        self.good: list[int] = []
+        self.bad: dict[int, str] = {}
+
+    def blocks(self, start: int, end: int, restarts: int) -> None:
+        """Decode [start, end): as a block, then around each bad body; at last one by one."""
+        while start < end:
+            if end - start == 1 and restarts < _RESTARTS or restarts <= 0:
+                self.singly(start, end)
+                return
+            read = self._writer.block(self._bodies[start:end], self._reader)
+            if read is None:
+                if end - start <= _ONE_BY_ONE or self._writer._block is None:
+                    self.singly(start, end)
+                    return
+                middle = (start + end) // 2
+                self.blocks(start, middle, restarts - 1)
+                self.blocks(middle, end, restarts - 1)
+                return
+            frame, good = read
+            self.frames.append(frame)
+            self.good.extend(range(start, start + good))
+            start += good
+            if start < end:
+                self.singly(start, start + 1)
+                start += 1
+                restarts -= 1
+
+    def singly(self, start: int, end: int) -> None:
+        """Decode [start, end) record by record."""
+        rows = []
+        for number in range(start, end):
+            try:
+                rows.append(self._writer.one(self._bodies[number], self._reader))
+                self.good.append(number)
+            except ValueError as error:
+                self.bad[number] = str(error)
+        if rows:
+            self.frames.append(pl.DataFrame(rows, schema=self._schema, orient="row"))
+
+
+def plain(schema: Any) -> Any:
+    """The schema without uuid logical types: columns hold them as strings."""
+    if isinstance(schema, list):
+        return [plain(branch) for branch in schema]
+    if not isinstance(schema, dict):
+        return schema
+    kept = {
+        key: value
+        for key, value in schema.items()
+        if not (key == "logicalType" and value == "uuid")
+    }
+    return {key: plain(value) if key in ("type", "items", "values") else _fields(key, value) for key, value in kept.items()}
+
+
+def _fields(key: str, value: Any) -> Any:
+    return [plain(field) for field in value] if key == "fields" else value

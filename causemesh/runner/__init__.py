@@ -2,6 +2,7 @@
 
 from causemesh.runner.batch import NEVER, Batch, Emission, Outgoing, Processor
 from causemesh.runner.emitter import Emitter
+from causemesh.runner.runner import Runner
 from causemesh.runner.stage import Limits, Stage
 from causemesh.runner.worker import PartitionWorker
 
@@ -14,5 +15,6 @@ __all__ = [
     "Outgoing",
     "PartitionWorker",
     "Processor",
+    "Runner",
     "Stage",
 ]

@@ -69,6 +69,8 @@ class PartitionWorker:
         self._uncommitted = 0
         self._seen_watermark = NEVER
         self.stopping = False
+        self.committed = False
+        """Whether this worker got anything done, so that its failure is a new one."""
 
     async def run(self) -> None:
         """Work until `stopping`. Raises Fenced when replaced, Retryable or Fatal when it failed."""
@@ -121,6 +123,7 @@ class PartitionWorker:
                 await unit.commit(self._checkpoint())
                 self._uncommitted = 0
                 self._seen_watermark = watermark
+                self.committed = True
 
     def _commit_is_due(self, *, moved: bool, idle: bool) -> bool:
         if not self._processor.stateful:

@@ -1,0 +1,332 @@
+"""Kafka through aiokafka.
+
+Reading and membership use separate consumers. A reader has its partitions assigned by hand and
+never commits; a member subscribes only to own partition numbers, keeps all of them paused and
+commits offsets for lag dashboards. So a rebalance can't move a reader's position, and the position
+store alone says where to begin.
+
+Producing goes through prebuilt record batches: one append in C a record, one future a batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListener
+from aiokafka import TopicPartition as KafkaPartition
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.coordinator.assignors.range import RangePartitionAssignor
+from aiokafka.errors import KafkaError, OffsetOutOfRangeError
+from aiokafka.structs import OffsetAndMetadata
+
+from causemesh.bus.base import BEFORE_FIRST, Outbound, RawBatch, TopicPartition
+from causemesh.catalogue import Topic
+from causemesh.errors import Fatal, Misdeclared, Retryable
+
+_MAX_BATCH_BYTES = 1_900_000  # under the topics' max.message.bytes, above the largest value
+_REQUEST_TIMEOUT_MS = 15_000
+_KEEP_ALIVE_MS = 500
+
+
+class KafkaBus:
+    """A Kafka cluster; see `Bus`."""
+
+    def __init__(self, bootstrap: str, *, session_timeout_ms: int = 6_000) -> None:
+        self._bootstrap = bootstrap
+        self._session_timeout_ms = session_timeout_ms
+
+    def reader(self, after: Mapping[TopicPartition, int]) -> KafkaReader:
+        """See `Bus.reader`."""
+        return KafkaReader(self._bootstrap, after)
+
+    def producer(self, name: str) -> KafkaProducer:
+        """See `Bus.producer`."""
+        return KafkaProducer(self._bootstrap, name)
+
+    def membership(self, group: str, topics: Sequence[str]) -> KafkaMembership:
+        """See `Bus.membership`."""
+        return KafkaMembership(self._bootstrap, group, topics, self._session_timeout_ms)
+
+    def admin(self) -> KafkaAdmin:
+        """See `Bus.admin`."""
+        return KafkaAdmin(self._bootstrap)
+
+    async def close(self) -> None:
+        """Nothing is held."""
+
+
+class KafkaReader:
+    """See `Reader`."""
+
+    def __init__(self, bootstrap: str, after: Mapping[TopicPartition, int]) -> None:
+        self._after = dict(after)
+        self._bootstrap = bootstrap
+        self._consumer: Any = None
+
+    async def fetch(self, max_records: int, max_wait_s: float) -> list[RawBatch]:
+        """See `Reader.fetch`. Raises Fatal when the log no longer holds the position asked for."""
+        if self._consumer is None:
+            self._consumer = await self._open()
+        try:
+            fetched = await self._consumer.getmany(
+                timeout_ms=int(max_wait_s * 1000), max_records=max_records
+            )
+        except OffsetOutOfRangeError as error:
+            raise Fatal(
+                f"the log no longer holds the stored position: {error}; retention is shorter than"
+                " the time this service was away"
+            ) from error
+        except KafkaError as error:
+            raise Retryable(f"reading failed: {error!r}") from error
+        return [_raw(source, records) for source, records in fetched.items() if records]
+
+    async def _open(self) -> Any:
+        consumer = AIOKafkaConsumer(
+            bootstrap_servers=self._bootstrap,
+            group_id=None,
+            enable_auto_commit=False,
+            auto_offset_reset="none",
+            max_partition_fetch_bytes=4 << 20,
+            fetch_max_wait_ms=100,
+        )
+        await _started(consumer)
+        partitions = {key: KafkaPartition(*key) for key in self._after}
+        consumer.assign(list(partitions.values()))
+        fresh = [partitions[key] for key, at in self._after.items() if at == BEFORE_FIRST]
+        try:
+            if fresh:
+                await consumer.seek_to_beginning(*fresh)
+        except KafkaError as error:
+            await consumer.stop()
+            raise Retryable(f"seeking failed: {error!r}") from error
+        for key, at in self._after.items():
+            if at != BEFORE_FIRST:
+                consumer.seek(partitions[key], at + 1)
+        return consumer
+
+    async def close(self) -> None:
+        """See `Reader.close`."""
+        if self._consumer is not None:
+            consumer, self._consumer = self._consumer, None
+            await consumer.stop()
+
+
+def _raw(source: Any, records: Sequence[Any]) -> RawBatch:
+    count = len(records)
+    return RawBatch(
+        source.topic,
+        source.partition,
+        np.fromiter((record.offset for record in records), dtype=np.int64, count=count),
+        [record.key for record in records],
+        [record.value for record in records],
+        np.fromiter((record.timestamp for record in records), dtype=np.int64, count=count) * 1000,
+    )
+
+
+class KafkaProducer:
+    """See `Producer`. Idempotent; one batch in flight a partition, so a failure leaves no gap."""
+
+    def __init__(self, bootstrap: str, name: str) -> None:
+        self._bootstrap = bootstrap
+        self._name = name
+        self._producer: Any = None
+        self._opening = asyncio.Lock()
+
+    async def send(self, outbound: Sequence[Outbound]) -> None:
+        """See `Producer.send`."""
+        producer = await self._opened()
+        by_partition: dict[TopicPartition, list[Outbound]] = {}
+        for part in outbound:
+            by_partition.setdefault((part.topic, part.partition), []).append(part)
+        sends = [self._in_order(producer, key, parts) for key, parts in by_partition.items()]
+        results = await asyncio.gather(*sends, return_exceptions=True)
+        for result in results:
+            if isinstance(result, KafkaError):
+                raise Retryable(f"producing failed: {result!r}") from result
+            if isinstance(result, BaseException):
+                raise result
+
+    @staticmethod
+    async def _in_order(producer: Any, to: TopicPartition, parts: Sequence[Outbound]) -> None:
+        topic, partition = to
+        batch = producer.create_batch()
+        for part in parts:
+            for key, value in zip(part.keys, part.values, strict=True):
+                if batch.append(key=key, value=value, timestamp=None) is None:
+                    await (await producer.send_batch(batch, topic, partition=partition))
+                    batch = producer.create_batch()
+                    if batch.append(key=key, value=value, timestamp=None) is None:
+                        raise Fatal(f"{topic}: a record of {len(value)} bytes exceeds a batch")
+        if batch.record_count():
+            await (await producer.send_batch(batch, topic, partition=partition))
+
+    async def _opened(self) -> Any:
+        async with self._opening:
+            if self._producer is None:
+                producer = AIOKafkaProducer(
+                    bootstrap_servers=self._bootstrap,
+                    client_id=self._name,
+                    enable_idempotence=True,
+                    compression_type="lz4",
+                    max_batch_size=_MAX_BATCH_BYTES,
+                    max_request_size=_MAX_BATCH_BYTES + 65_536,
+                    request_timeout_ms=_REQUEST_TIMEOUT_MS,
+                )
+                await _started(producer)
+                self._producer = producer
+        return self._producer
+
+    async def close(self) -> None:
+        """See `Producer.close`."""
+        if self._producer is not None:
+            producer, self._producer = self._producer, None
+            await producer.stop()
+
+
+class KafkaMembership(ConsumerRebalanceListener):  # type: ignore[misc]
+    """See `Membership`. The range assignor gives a member one partition number of every topic."""
+
+    def __init__(
+        self, bootstrap: str, group: str, topics: Sequence[str], session_timeout_ms: int
+    ) -> None:
+        self._topics = list(topics)
+        self._assignments: asyncio.Queue[frozenset[int]] = asyncio.Queue()
+        self._consumer: Any = AIOKafkaConsumer(
+            bootstrap_servers=bootstrap,
+            group_id=group,
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+            partition_assignment_strategy=(RangePartitionAssignor,),
+            session_timeout_ms=session_timeout_ms,
+            heartbeat_interval_ms=max(session_timeout_ms // 4, 100),
+        )
+        self._alive: asyncio.Task[None] | None = None
+
+    async def changed(self) -> frozenset[int]:
+        """See `Membership.changed`; empty while partitions are being moved."""
+        if self._alive is None:
+            await _started(self._consumer)
+            self._consumer.subscribe(self._topics, listener=self)
+            self._alive = asyncio.create_task(self._keep_alive())
+        waiting = asyncio.create_task(self._assignments.get())
+        done, _ = await asyncio.wait({waiting, self._alive}, return_when=asyncio.FIRST_COMPLETED)
+        if waiting in done:
+            return waiting.result()
+        waiting.cancel()
+        raise Retryable(f"the group was lost: {self._alive.exception()!r}")
+
+    async def on_partitions_revoked(self, revoked: Any) -> None:
+        """The group is being rebalanced: own nothing until it is done."""
+        self._assignments.put_nowait(frozenset())
+
+    async def on_partitions_assigned(self, assigned: Any) -> None:
+        """Own these partition numbers; read nothing through the group."""
+        self._consumer.pause(*assigned)
+        self._assignments.put_nowait(frozenset(partition.partition for partition in assigned))
+
+    async def _keep_alive(self) -> None:
+        while True:
+            await self._consumer.getmany(timeout_ms=_KEEP_ALIVE_MS)
+
+    async def report(self, positions: Mapping[TopicPartition, int]) -> None:
+        """See `Membership.report`. A rebalance in between makes the report moot, not wrong."""
+        owned = self._consumer.assignment()
+        offsets = {
+            partition: OffsetAndMetadata(positions[key] + 1, "")
+            for partition in owned
+            if (key := (partition.topic, partition.partition)) in positions
+        }
+        if offsets:
+            with suppress(KafkaError):
+                await self._consumer.commit(offsets)
+
+    async def close(self) -> None:
+        """See `Membership.close`."""
+        if self._alive is not None:
+            self._alive.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._alive
+        await self._consumer.stop()
+
+
+class KafkaAdmin:
+    """See `Admin`."""
+
+    def __init__(self, bootstrap: str) -> None:
+        self._bootstrap = bootstrap
+        self._client: Any = None
+
+    async def ensure(self, topics: Sequence[Topic]) -> list[str]:
+        """See `Admin.ensure`."""
+        client = await self._opened()
+        existing = set(await client.list_topics())
+        described = await client.describe_topics([t.name for t in topics if t.name in existing])
+        counts = {entry["topic"]: len(entry["partitions"]) for entry in described}
+        missing = [topic for topic in topics if topic.name not in existing]
+        for topic in topics:
+            if counts.get(topic.name, topic.partitions) != topic.partitions:
+                raise Misdeclared(
+                    f"{topic.name} has {counts[topic.name]} partitions, the catalogue says"
+                    f" {topic.partitions}; keys would move: create {topic.name} under a new version"
+                )
+        if missing:
+            wanted = [
+                NewTopic(topic.name, topic.partitions, -1, topic_configs=topic.broker_settings())
+                for topic in missing
+            ]
+            answer = await client.create_topics(wanted)
+            errors = {entry[0]: entry[1:] for entry in answer.topic_errors if entry[1] not in (0, 36)}
+            if errors:
+                raise Fatal(f"the broker refused to create topics: {errors}")
+        return [topic.name for topic in missing]
+
+    async def ends(self, topics: Sequence[str]) -> dict[TopicPartition, int]:
+        """See `Admin.ends`."""
+        client = await self._opened()
+        described = await client.describe_topics(list(topics))
+        partitions = [
+            KafkaPartition(entry["topic"], number)
+            for entry in described
+            for number in range(len(entry["partitions"]))
+        ]
+        consumer = AIOKafkaConsumer(bootstrap_servers=self._bootstrap, group_id=None)
+        await _started(consumer)
+        try:
+            ends = await consumer.end_offsets(partitions)
+        finally:
+            await consumer.stop()
+        return {(key.topic, key.partition): offset - 1 for key, offset in ends.items()}
+
+    async def reported(self, group: str) -> dict[TopicPartition, int]:
+        """See `Admin.reported`."""
+        client = await self._opened()
+        offsets = await client.list_consumer_group_offsets(group)
+        return {(key.topic, key.partition): at.offset - 1 for key, at in offsets.items()}
+
+    async def _opened(self) -> Any:
+        if self._client is None:
+            client = AIOKafkaAdminClient(bootstrap_servers=self._bootstrap)
+            try:
+                await client.start()
+            except KafkaError as error:
+                raise Retryable(f"Kafka at {self._bootstrap} is away: {error!r}") from error
+            self._client = client
+        return self._client
+
+    async def close(self) -> None:
+        """See `Admin.close`."""
+        if self._client is not None:
+            client, self._client = self._client, None
+            await client.close()
+
+
+async def _started(client: Any) -> None:
+    try:
+        await client.start()
+    except KafkaError as error:
+        await client.stop()
+        raise Retryable(f"Kafka is away: {error!r}", retry_after=1.0) from error

@@ -1,0 +1,113 @@
+"""Checkpoints in Postgres: the position commits in the transaction that holds the effect."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from causemesh.errors import Fenced, Retryable
+from causemesh.positions import Checkpoint, Claim, Unit
+
+metadata = sa.MetaData()
+
+checkpoints = sa.Table(
+    "checkpoints",
+    metadata,
+    sa.Column("group_name", sa.Text, primary_key=True),
+    sa.Column("partition", sa.Integer, primary_key=True),
+    sa.Column("epoch", sa.BigInteger, nullable=False),
+    sa.Column("progress", sa.Text),
+    sa.Column("watermark_us", sa.BigInteger),
+    sa.Column("state", sa.LargeBinary),
+    sa.Column(
+        "committed_at",
+        sa.DateTime(timezone=True),
+        server_default=sa.func.now(),
+        onupdate=sa.func.now(),
+        nullable=False,
+    ),
+)
+"""One row a group and partition; every service's own database has this table."""
+
+
+class SqlPositionStore:
+    """See `PositionStore`; a unit's `transaction` is an open AsyncConnection."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+
+    async def claim(self, group: str, partition: int) -> tuple[Claim, Checkpoint | None]:
+        """See `PositionStore.claim`."""
+        table = checkpoints
+        statement = (
+            insert(table)
+            .values(group_name=group, partition=partition, epoch=1)
+            .on_conflict_do_update(
+                index_elements=["group_name", "partition"], set_={"epoch": table.c.epoch + 1}
+            )
+            .returning(table.c.epoch, table.c.progress, table.c.watermark_us, table.c.state)
+        )
+        async with _database_errors(), self._engine.begin() as connection:
+            row = (await connection.execute(statement)).one()
+        claim = Claim(group, partition, row.epoch)
+        if row.progress is None:
+            return claim, None
+        return claim, Checkpoint.parse(row.progress, row.watermark_us, row.state)
+
+    def unit(self, claim: Claim) -> AbstractAsyncContextManager[Unit]:
+        """See `PositionStore.unit`."""
+        return self._unit(claim)
+
+    @asynccontextmanager
+    async def _unit(self, claim: Claim) -> AsyncIterator[Unit]:
+        async with _database_errors(), self._engine.connect() as connection:
+            yield _SqlUnit(connection, claim)
+
+    async def watermark(self, group: str, partitions: int) -> int | None:
+        """The least committed watermark of a group, microseconds; None until all have one."""
+        table = checkpoints
+        statement = sa.select(sa.func.count(table.c.watermark_us), sa.func.min(table.c.watermark_us))
+        async with _database_errors(), self._engine.connect() as connection:
+            row = (await connection.execute(statement.where(table.c.group_name == group))).one()
+        return int(row[1]) if row[0] == partitions else None
+
+
+class _SqlUnit:
+    def __init__(self, connection: AsyncConnection, claim: Claim) -> None:
+        self.transaction = connection
+        self._claim = claim
+
+    async def commit(self, checkpoint: Checkpoint) -> None:
+        table = checkpoints
+        claim = self._claim
+        done = await self.transaction.execute(
+            sa.update(table)
+            .where(table.c.group_name == claim.group)
+            .where(table.c.partition == claim.partition)
+            .where(table.c.epoch == claim.epoch)
+            .values(
+                progress=checkpoint.progress(),
+                watermark_us=checkpoint.watermark_us,
+                state=checkpoint.state,
+            )
+        )
+        if done.rowcount != 1:
+            raise Fenced(f"{claim.group}[{claim.partition}]: epoch {claim.epoch} was replaced")
+        await self.transaction.commit()
+
+
+@asynccontextmanager
+async def _database_errors() -> AsyncIterator[None]:
+    """A lost connection or a restarting server is worth waiting for; other errors are bugs."""
+    try:
+        yield
+    except sa.exc.DBAPIError as error:
+        if error.connection_invalidated or isinstance(error, sa.exc.OperationalError):
+            raise Retryable(f"the database is away: {error.orig!r}", retry_after=1.0) from error
+        raise
+    except (ConnectionError, TimeoutError) as error:
+        raise Retryable(f"the database is away: {error!r}", retry_after=1.0) from error

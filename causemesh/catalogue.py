@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -28,12 +28,12 @@ SERVICES = ("ingest", "features", "inference", "agents", "billing", "drift")
 WATERMARK = "causemesh.Watermark"
 DEADLETTERS = "mesh.deadletters.v1"
 _TOPIC_NAME = re.compile(r"^[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)*(\.v[1-9][0-9]*)?$")
-_TOPIC_FIELDS = frozenset(
-    "form record key owner producers consumers sources partitions retention_days compatibility"
-    " about".split()
-)
+_TOPIC_FIELDS = {
+    *("form", "record", "key", "owner", "producers", "consumers", "sources"),
+    *("partitions", "retention_days", "compatibility", "about"),
+}
 _EVENT_FIELDS = frozenset(
-    "record key watermark lateness_seconds partitions retention_days about".split()
+    ["record", "key", "watermark", "lateness_seconds", "partitions", "retention_days", "about"]
 )
 _MICROS = 1_000_000
 
@@ -268,9 +268,9 @@ class _Loader:
         )
 
 
-def _refuse_unknown(
-    path: Path, name: str, entry: Mapping[str, Any], known: frozenset[str]
-) -> None:
+def _refuse_unknown(path: Path, name: str, entry: Mapping[str, Any], known: Set[str]) -> None:
     unknown = set(entry) - known
     if unknown:
-        raise Misdeclared(f"{path}: {name}: unknown settings {sorted(unknown)}; known: {sorted(known)}")
+        raise Misdeclared(
+            f"{path}: {name}: unknown settings {sorted(unknown)}; known: {sorted(known)}"
+        )

@@ -1,7 +1,7 @@
 """Positions live with the effect: the store that claims, fences and commits.
 
-A claim raises the partition's epoch; a commit carries the claim and fails with `Fenced` when the epoch
-has moved on. So a worker that was paused and replaced writes nothing.
+A claim raises the partition's epoch; a commit carries the claim and fails with `Fenced` when the
+epoch has moved on. So a worker that was paused and replaced writes nothing.
 """
 
 from __future__ import annotations
@@ -83,9 +83,7 @@ class _Row:
 class MemoryPositionStore:
     """A store for tests: `transaction` is a list, appended to `effects` on commit."""
 
-    def __init__(
-        self, step: Callable[[str], Awaitable[None]], *, fenced: bool = True
-    ) -> None:
+    def __init__(self, step: Callable[[str], Awaitable[None]], *, fenced: bool = True) -> None:
         self._step = step
         self._fenced = fenced  # off only in the control arm of the simulation
         self.rows: dict[tuple[str, int], _Row] = {}

@@ -70,7 +70,9 @@ class SqlPositionStore:
     async def watermark(self, group: str, partitions: int) -> int | None:
         """The least committed watermark of a group, microseconds; None until all have one."""
         table = checkpoints
-        statement = sa.select(sa.func.count(table.c.watermark_us), sa.func.min(table.c.watermark_us))
+        statement = sa.select(
+            sa.func.count(table.c.watermark_us), sa.func.min(table.c.watermark_us)
+        )
         async with _database_errors(), self._engine.connect() as connection:
             row = (await connection.execute(statement.where(table.c.group_name == group))).one()
         return int(row[1]) if row[0] == partitions else None

@@ -1,9 +1,9 @@
 """Which Avro schemas the mesh accepts.
 
-Refused everywhere: recursive schemas (a deep message crashes the decoder) and arrays whose items can
-take zero bytes (a six-byte message then decodes to billions of items). Refused on mesh topics: what
-the columnar decoder can't read, which is maps, unions other than [null, T], and one named type used
-twice.
+Refused everywhere: recursive schemas (a deep message crashes the decoder) and arrays whose items
+can take zero bytes (a six-byte message then decodes to billions of items). Refused on mesh topics:
+what the columnar decoder can't read, which is maps, unions other than [null, T], and one named
+type used twice.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from causemesh.errors import Misdeclared
 
-_PRIMITIVES = frozenset("null boolean int long float double bytes string".split())
+_PRIMITIVES = frozenset(["null", "boolean", "int", "long", "float", "double", "bytes", "string"])
 
 
 def check_record(schema: dict[str, Any], *, columnar: bool) -> None:
@@ -33,7 +33,9 @@ class _Check:
         self._columnar = columnar
         self._named: dict[str, Any] = {}
 
-    def visit(self, schema: Any, path: str, inside: tuple[str, ...]) -> bool:
+    def visit(  # noqa: PLR0911 - one return a kind of type
+        self, schema: Any, path: str, inside: tuple[str, ...]
+    ) -> bool:
         """Whether a value can take zero bytes."""
         if isinstance(schema, str):
             return self._reference(schema, path, inside)

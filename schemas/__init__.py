@@ -1,0 +1,1 @@
+"""The contracts: record schemas and the catalogue of topics, as package data."""

@@ -279,7 +279,9 @@ class KafkaAdmin:
                 for topic in missing
             ]
             answer = await client.create_topics(wanted)
-            errors = {entry[0]: entry[1:] for entry in answer.topic_errors if entry[1] not in (0, 36)}
+            errors = {
+                entry[0]: entry[1:] for entry in answer.topic_errors if entry[1] not in (0, 36)
+            }
             if errors:
                 raise Fatal(f"the broker refused to create topics: {errors}")
         return [topic.name for topic in missing]

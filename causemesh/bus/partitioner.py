@@ -46,7 +46,7 @@ def murmur2(keys: Sequence[bytes]) -> npt.NDArray[np.uint32]:
     with np.errstate(over="ignore"):
         for length in np.unique(lengths):
             rows = np.flatnonzero(lengths == length)
-            joined = b"".join([keys[row] for row in rows])
+            joined = b"".join([keys[row] for row in rows.tolist()])
             block = np.frombuffer(joined, dtype=np.uint8).reshape(len(rows), int(length))
             hashed[rows] = _murmur2_block(block)
     return hashed

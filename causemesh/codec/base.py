@@ -15,9 +15,9 @@ import polars as pl
 class Decoded:
     """Values of one batch as columns.
 
-    `frame` holds the good rows in input order and `rows[i]` the input row of frame row i. `bad` maps
-    input rows to reasons. `foreign` maps the full name of another record (a control record) to its
-    input rows.
+    `frame` holds the good rows in input order and `rows[i]` the input row of frame row i. `bad`
+    maps input rows to reasons. `foreign` maps the full name of another record (a control record)
+    to its input rows.
     """
 
     frame: pl.DataFrame

@@ -1,10 +1,10 @@
 """Guarded decoding of one block: many bodies of one writer schema, as columns.
 
-The bodies are joined and wrapped as one Avro container block, which polars reads a hundred times faster
-than one by one. Joined bodies are not safe by themselves: a truncated or padded one shifts all that
-follow, often to plausible nonsense. So each body is followed by eight guard bytes (its number
-xor a random number of the block), declared as a last `fixed(8)` field: the first guard that differs
-names the first bad body.
+The bodies are joined and wrapped as one Avro container block, which polars reads a hundred times
+faster than one by one. Joined bodies are not safe by themselves: a truncated or padded one shifts
+all that follow, often to plausible nonsense. So each body is followed by eight guard bytes (its
+number xor a random number of the block), declared as a last `fixed(8)` field: the first guard that
+differs names the first bad body.
 """
 
 from __future__ import annotations

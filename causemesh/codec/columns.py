@@ -30,7 +30,7 @@ _PROMOTES = {
 }
 
 
-def column_type(avro: Any) -> Any:
+def column_type(avro: Any) -> Any:  # noqa: PLR0911 - one return a kind of type
     """The polars type of an Avro type; enums and uuids are strings."""
     if isinstance(avro, list):
         return column_type(next(branch for branch in avro if branch != "null"))

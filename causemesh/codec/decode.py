@@ -144,13 +144,13 @@ class _Writer:
             parsed = self._readers[key] = fastavro.parse_schema(plain(dict(reader)))
         stream = io.BytesIO(body)
         try:
-            row: dict[str, Any] = fastavro.schemaless_reader(stream, self._parsed, parsed)
-        except Exception as error:  # noqa: BLE001 - fastavro raises whatever the bytes provoke
+            row: Any = fastavro.schemaless_reader(stream, self._parsed, parsed)
+        except Exception as error:
             raise ValueError(f"does not decode as {self.name}: {error!r}"[:300]) from error
         left = len(body) - stream.tell()
         if left:
             raise ValueError(f"does not decode as {self.name}: {left} bytes are left over")
-        return row
+        return dict(row)
 
 
 class _Run:
@@ -168,7 +168,7 @@ class _Run:
     def blocks(self, start: int, end: int, restarts: int) -> None:
         """Decode [start, end): as a block, then around each bad body; at last one by one."""
         while start < end:
-            if end - start == 1 and restarts < _RESTARTS or restarts <= 0:
+            if (end - start == 1 and restarts < _RESTARTS) or restarts <= 0:
                 self.singly(start, end)
                 return
             read = self._writer.block(self._bodies[start:end], self._reader)
@@ -213,7 +213,10 @@ def plain(schema: Any) -> Any:
         for key, value in schema.items()
         if not (key == "logicalType" and value == "uuid")
     }
-    return {key: plain(value) if key in ("type", "items", "values") else _fields(key, value) for key, value in kept.items()}
+    return {
+        key: plain(value) if key in ("type", "items", "values") else _fields(key, value)
+        for key, value in kept.items()
+    }
 
 
 def _fields(key: str, value: Any) -> Any:

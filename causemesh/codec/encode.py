@@ -34,11 +34,11 @@ class Encoder:
     def encode(self, frame: pl.DataFrame) -> list[bytes]:
         """One framed value a row; raises ValueError naming the row that does not fit the schema."""
         stream = io.BytesIO()
-        ends = []
+        ends: list[int] = []
         for row in frame.select(self._names).with_columns(self._as_integers).iter_rows(named=True):
             try:
                 fastavro.schemaless_writer(stream, self._parsed, row)
-            except Exception as error:  # noqa: BLE001 - fastavro raises many kinds for a bad value
+            except Exception as error:
                 raise ValueError(f"row {len(ends)} does not fit its schema: {error!r}") from error
             ends.append(stream.tell())
         joined = stream.getvalue()

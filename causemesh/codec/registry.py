@@ -17,7 +17,7 @@ _ATTEMPTS = 6
 _FIRST_WAIT_S = 0.2
 
 
-class UnknownSchema(MeshError):  # noqa: N818 - reads as what it is at the place it is raised
+class UnknownSchema(MeshError):
     """No schema has this id at the registry."""
 
 

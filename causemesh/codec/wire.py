@@ -19,7 +19,10 @@ def header(schema_id: int) -> bytes:
 def schema_ids(values: Sequence[bytes | None]) -> npt.NDArray[np.int64]:
     """The schema id of each value; `FOREIGN` for null, short or unframed ones."""
     heads = b"".join(
-        [value[:HEADER_BYTES] if value and len(value) >= HEADER_BYTES else b"\xff" * 5 for value in values]
+        [
+            value[:HEADER_BYTES] if value and len(value) >= HEADER_BYTES else b"\xff" * 5
+            for value in values
+        ]
     )
     table = np.frombuffer(heads, dtype=np.uint8).reshape(len(values), HEADER_BYTES)
     ids = np.ascontiguousarray(table[:, 1:]).view(">u4").reshape(len(values)).astype(np.int64)

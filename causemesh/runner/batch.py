@@ -65,9 +65,9 @@ class Batch:
 class Outgoing:
     """Records for one topic, all caused by one (topic, partition), in cause order.
 
-    `frame` holds the record's columns without `cause`; `event_id` is derived from the cause when the
-    column is absent. `positions` and `indexes` (default 0) name each row's cause. `keys` are the
-    message keys; a null key stays on the cause's partition number.
+    `frame` holds the record's columns without `cause`; `event_id` is derived from the cause when
+    the column is absent. `positions` and `indexes` (default 0) name each row's cause. `keys` are
+    the message keys; a null key stays on the cause's partition number.
     """
 
     topic: str
@@ -98,8 +98,8 @@ class Processor(Protocol):
     """A service's code for one partition.
 
     With a transactional store `transaction` is the open transaction: what it writes commits
-    together with the positions, or not at all. A processor that emits must be a pure function of its
-    inputs and its restored state, because a unit may run again after a crash.
+    together with the positions, or not at all. A processor that emits must be a pure function of
+    its inputs and its restored state, because a unit may run again after a crash.
     """
 
     takes_bad_rows: bool

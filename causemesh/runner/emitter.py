@@ -40,7 +40,11 @@ class Emitter:
     """Sends what one service may write, in cause order, to declared topics only."""
 
     def __init__(
-        self, catalogue: Catalogue, encoders: EncoderFactory, producer: Producer, writes: Sequence[str]
+        self,
+        catalogue: Catalogue,
+        encoders: EncoderFactory,
+        producer: Producer,
+        writes: Sequence[str],
     ) -> None:
         self._catalogue = catalogue
         self._encoders = encoders
@@ -113,8 +117,8 @@ def _checked_order(part: Outgoing) -> npt.NDArray[np.int32]:
     if not rising.all():
         row = int(np.flatnonzero(~rising)[0])
         raise Fatal(
-            f"{part.topic}: row {row + 1} (cause {positions[row + 1]}.{indexes[row + 1]}) comes after"
-            f" {positions[row]}.{indexes[row]}; outputs must be in cause order"
+            f"{part.topic}: row {row + 1} (cause {positions[row + 1]}.{indexes[row + 1]})"
+            f" comes after {positions[row]}.{indexes[row]}; outputs must be in cause order"
         )
     return indexes
 

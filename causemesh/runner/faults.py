@@ -28,8 +28,8 @@ class Faults:
 
         Retryable waits and tries again for as long as it takes; Poison drops the rows to the dead
         letters; an unknown exception is retried `Limits.attempts` times, then each row is rehearsed
-        alone (and rolled back) and those that raise are dead-lettered. A stateful processor is never
-        repeated in place: its error goes up and the worker starts over from the checkpoint.
+        alone (and rolled back) and those that raise are dead-lettered. A stateful processor is
+        never repeated in place: its error goes up and the worker starts over from the checkpoint.
         """
         dead: DeadRows = []
         if not processor.takes_bad_rows:
@@ -48,7 +48,7 @@ class Faults:
                 await self._clock.sleep(error.retry_after)
             except MeshError:
                 raise
-            except Exception as error:  # noqa: BLE001 - unknown errors are the point here
+            except Exception as error:
                 failures += 1
                 if processor.stateful:
                     raise Fatal(f"unknown error: {error!r}") from error

@@ -46,7 +46,9 @@ class HighWaterMarks:
 
     def dump(self) -> list[list[Any]]:
         """JSON-ready form."""
-        return [[*tp, *source, *mark] for tp, by in self._marks.items() for source, mark in by.items()]
+        return [
+            [*tp, *source, *mark] for tp, by in self._marks.items() for source, mark in by.items()
+        ]
 
     def load(self, rows: list[list[Any]]) -> None:
         """Replace the marks by a dumped form."""

@@ -21,9 +21,9 @@ class Runner:
     """Follows the group's assignments for one stage.
 
     `make_worker(partition)` builds a fresh worker. A worker that raises Retryable is started again,
-    from the stored position, after its wait; Fenced ends it, another process owns the partition; Fatal
-    ends the runner with that error. `restarts` bounds the Fatal errors in a row that are taken for
-    passing ones.
+    from the stored position, after its wait; Fenced ends it, another process owns the partition;
+    Fatal ends the runner with that error. `restarts` bounds the Fatal errors in a row that are
+    taken for passing ones.
     """
 
     def __init__(

@@ -8,8 +8,8 @@ crash:
 3. outputs are emitted in cause order and acknowledged, then watermarks behind them;
 4. positions, marks, promises and state are committed with the effects, if the epoch is still ours.
 
-A crash after 3 and before 4 emits the same outputs again; their readers' marks drop them. A failed send
-stops the worker: it starts over from the stored position and never skips.
+A crash after 3 and before 4 emits the same outputs again; their readers' marks drop them. A failed
+send stops the worker: it starts over from the stored position and never skips.
 """
 
 from __future__ import annotations

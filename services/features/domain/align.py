@@ -243,7 +243,7 @@ class Aligner:
     def _answer_due(self, due: dict[str, list[RowEvents]], boundary_us: int) -> int:
         if self._waiting is None:
             return 0
-        now = self._waiting["as_of_us"] < boundary_us
+        now = self._waiting["as_of_us"] <= boundary_us
         asked = self._waiting.filter(now)
         if not asked.height:
             return 0

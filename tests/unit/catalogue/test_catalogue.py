@@ -20,7 +20,12 @@ def record(*types: Any) -> dict[str, Any]:
 
 def project(folder: Path, **entry: Any) -> Path:
     (folder / "events").mkdir()
-    schema = {"type": "record", "name": "Sold", "namespace": "shop", "fields": [{"name": "sku", "type": "string"}]}
+    schema = {
+        "type": "record",
+        "name": "Sold",
+        "namespace": "shop",
+        "fields": [{"name": "sku", "type": "string"}],
+    }
     (folder / "events" / "Sold.avsc").write_text(json.dumps(schema))
     (folder / "catalogue.yaml").write_text(json.dumps({"event_types": {"sold": entry}}))
     return folder

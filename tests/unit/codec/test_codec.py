@@ -26,7 +26,10 @@ SCHEMA: dict[str, Any] = {
         {"name": "occurred_at", "type": {"type": "long", "logicalType": "timestamp-micros"}},
         {"name": "delay", "type": ["null", "double"], "default": None},
         {"name": "seats", "type": "int"},
-        {"name": "status", "type": {"type": "enum", "name": "Status", "symbols": ["early", "late"]}},
+        {
+            "name": "status",
+            "type": {"type": "enum", "name": "Status", "symbols": ["early", "late"]},
+        },
         {"name": "tags", "type": {"type": "array", "items": "string"}},
         {"name": "blob", "type": "bytes"},
         {
@@ -34,7 +37,10 @@ SCHEMA: dict[str, Any] = {
             "type": {
                 "type": "record",
                 "name": "Cause",
-                "fields": [{"name": "topic", "type": "string"}, {"name": "position", "type": "long"}],
+                "fields": [
+                    {"name": "topic", "type": "string"},
+                    {"name": "position", "type": "long"},
+                ],
             },
         },
     ],
@@ -89,7 +95,9 @@ async def test_older_and_newer_writers_in_one_batch() -> None:
     assert decoded.bad == {}
     assert decoded.rows.tolist() == list(range(40))
     assert decoded.frame["event_id"].to_list() == [f"id-{n // 2}" for n in range(40)]
-    assert decoded.frame["delay"].to_list() == [row(n // 2)["delay"] if n % 2 else None for n in range(40)]
+    assert decoded.frame["delay"].to_list() == [
+        row(n // 2)["delay"] if n % 2 else None for n in range(40)
+    ]
 
 
 async def test_reasons_for_what_is_not_ours() -> None:
@@ -109,7 +117,12 @@ async def test_reasons_for_what_is_not_ours() -> None:
 
 async def test_another_record_is_foreign_not_bad() -> None:
     registry = MemoryRegistry()
-    other = {"type": "record", "name": "Other", "namespace": "test", "fields": [{"name": "a", "type": "int"}]}
+    other = {
+        "type": "record",
+        "name": "Other",
+        "namespace": "test",
+        "fields": [{"name": "a", "type": "int"}],
+    }
     schema_id = await registry.register("o", other)
     values = [*await framed(registry, SCHEMA, 2), header(schema_id) + b"\x02"]
     decoded = await Decoder(registry).decode(values, SCHEMA)

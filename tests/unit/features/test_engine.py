@@ -98,7 +98,7 @@ def restored(state: ViewState) -> ViewState:
 @given(
     events=event_lists(),
     cuts=st.lists(st.integers(-30, 190), max_size=6),
-    retention=st.sampled_from([None, 35]),
+    retention=st.sampled_from([None, 35, 80]),
     seed=st.integers(0, 2**16),
 )
 def test_any_chunking_order_snapshot_and_eviction_give_the_reference_bits(
@@ -234,9 +234,25 @@ def test_eviction_forgets_only_what_no_answer_can_see() -> None:
     assert state.evict(61, keep=state.index.find(pl.Series(["a"]))) == 0
     assert state.evict(61) == 1
     assert state.entities == ["b"]
-    state.apply(read(view, [Event("c", 61, 0, 2, (2.0, None))]))
-    place = [f.name for f in view.features].index("x_sum_5")
-    assert state.answer(["c", "a"], np.array([62, 62]))[:, place].tolist() == [2.0, 0.0]
+    state.apply(read(view, [Event("c", 61, 0, 2, (None, 2.0))]))
+    names = [f.name for f in view.features]
+    answers = dict(zip(names, state.answer(["c"], np.array([62]))[0].tolist(), strict=True))
+    assert (answers["y_sum_5"], answers["events_1"]) == (2.0, 1.0)
+    # c has the row that a had, and even a live request from the past sees nothing of a in it
+    assert state.index.find(pl.Series(["c"])).tolist() == [1]
+    past = dict(zip(names, state.answer(["c"], np.array([5]))[0].tolist(), strict=True))
+    assert past["events_1"] == 0.0
+    assert np.isnan(past["x_latest"])
+
+
+def test_latest_is_remembered_for_the_retention() -> None:
+    state = ViewState(make_view(retention_us=90))
+    place = [f.name for f in state.view.features].index("x_latest")
+    state.apply(read(state.view, [Event("a", 0, 0, 0, (1.0, None))]))
+    assert state.evict(90) == 0
+    assert state.answer(["a"], np.array([90]))[0, place] == 1.0
+    assert np.isnan(state.answer(["a"], np.array([91]))[0, place])
+    assert state.evict(91) == 1
     unlimited = ViewState(make_view())
     unlimited.apply(read(unlimited.view, [Event("a", 0, 0, 0, (1.0, None))]))
     assert unlimited.evict(10**9) == 0  # `latest` has no end of its own

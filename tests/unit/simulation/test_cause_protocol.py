@@ -1,8 +1,8 @@
 """The real runner under seeded crashes, pauses, partial sends, failed sends and zombies.
 
-The workers are driven by hand, one visible step at a time, so a seed names one interleaving exactly.
-Each protection switched off in turn must break runs: a protection whose absence goes unnoticed is
-either useless or untested.
+The workers are driven by hand, one visible step at a time, so a seed names one interleaving
+exactly. Each protection switched off in turn must break runs: a protection whose absence goes
+unnoticed is either useless or untested.
 """
 
 from __future__ import annotations
@@ -139,7 +139,9 @@ class Simulation:
 
     def run(self) -> bool:
         """Whether the sink ends with every answer exactly once."""
-        keys = [(stage, partition) for stage in range(len(STAGES)) for partition in range(PARTITIONS)]
+        keys = [
+            (stage, partition) for stage in range(len(STAGES)) for partition in range(PARTITIONS)
+        ]
         live: dict[tuple[int, int], list[Coroutine[Any, Any, None]]] = {key: [] for key in keys}
         for _ in range(700):
             key = self.rng.choice(keys)
@@ -169,9 +171,12 @@ class Simulation:
 
     def result(self) -> dict[str, list[str]] | None:
         effects = [
-            effect for (group, _), row in self.store.rows.items() if group == "sink" for effect in row.effects
+            effect
+            for (group, _), row in self.store.rows.items()
+            if group == "sink"
+            for effect in row.effects
         ]
-        answers = {body: seen for body, seen in effects}
+        answers = dict(effects)
         return answers if len(answers) == len(effects) else None
 
 
@@ -215,7 +220,13 @@ def test_every_request_is_answered_once_and_rightly(chunk: int) -> None:
         Arm(keep_buffers=False),
         Arm(stop_on_failed_send=False),
     ],
-    ids=["no fence", "no marks", "emit by event time", "buffers not committed", "skip failed sends"],
+    ids=[
+        "no fence",
+        "no marks",
+        "emit by event time",
+        "buffers not committed",
+        "skip failed sends",
+    ],
 )
 def test_each_protection_is_needed(arm: Arm) -> None:
     assert violations(arm, range(60)) > 0

@@ -163,7 +163,9 @@ class Door:
     takes_bad_rows = False
     stateful = False
 
-    async def process(self, batches: Sequence[Batch], watermark_us: int, transaction: Any) -> Emission:
+    async def process(
+        self, batches: Sequence[Batch], watermark_us: int, transaction: Any
+    ) -> Emission:
         return Emission([self._pass(batch) for batch in batches])
 
     @staticmethod
@@ -194,7 +196,9 @@ class Join:
         self._requests: list[list[Any]] = []  # unanswered: [at, key, body, position]
         self._answered: dict[int, list[Any]] = {}
 
-    async def process(self, batches: Sequence[Batch], watermark_us: int, transaction: Any) -> Emission:
+    async def process(
+        self, batches: Sequence[Batch], watermark_us: int, transaction: Any
+    ) -> Emission:
         for batch in batches:
             self._partition = batch.partition
             self._buffer(batch)
@@ -210,7 +214,9 @@ class Join:
 
     def _buffer(self, batch: Batch) -> None:
         at = batch.occurred_at_us.tolist()
-        rows = zip(at, batch.frame["key"], batch.frame["body"], batch.positions.tolist(), strict=True)
+        rows = zip(
+            at, batch.frame["key"], batch.frame["body"], batch.positions.tolist(), strict=True
+        )
         target = self._events if batch.topic == "events.e" else self._requests
         target.extend([list(row) for row in rows])
 
@@ -222,7 +228,13 @@ class Join:
                 break
             due = sorted(row for row in self._requests if row[0] // SLICE_US * SLICE_US == start)
             for at, key, body, position in due:
-                self._answered[position] = [position, key, body, at, sorted(self._seen.get(key, []))]
+                self._answered[position] = [
+                    position,
+                    key,
+                    body,
+                    at,
+                    sorted(self._seen.get(key, [])),
+                ]
                 order.append(position)
             self._requests = [row for row in self._requests if row[0] >= start + SLICE_US]
             for row in [row for row in self._events if row[0] < start + SLICE_US]:
@@ -271,7 +283,9 @@ class Sink:
     takes_bad_rows = False
     stateful = False
 
-    async def process(self, batches: Sequence[Batch], watermark_us: int, transaction: Any) -> Emission:
+    async def process(
+        self, batches: Sequence[Batch], watermark_us: int, transaction: Any
+    ) -> Emission:
         for batch in batches:
             transaction.extend(json.loads(body) for body in batch.frame["body"])
         return Emission()
@@ -285,10 +299,18 @@ class Sink:
 
 def expected(sources: Mapping[tuple[str, int], Source]) -> dict[str, list[str]]:
     """The pure answer: for each request the events of its key before its slice."""
-    events = [row for (topic, _), source in sources.items() if topic == "inbox.e" for row in source.rows]
-    requests = [row for (topic, _), source in sources.items() if topic == "inbox.r" for row in source.rows]
+    events = [
+        row for (topic, _), source in sources.items() if topic == "inbox.e" for row in source.rows
+    ]
+    requests = [
+        row for (topic, _), source in sources.items() if topic == "inbox.r" for row in source.rows
+    ]
     return {
-        body: sorted(seen for other, when, seen in events if other == key and when < at // SLICE_US * SLICE_US)
+        body: sorted(
+            seen
+            for other, when, seen in events
+            if other == key and when < at // SLICE_US * SLICE_US
+        )
         for key, at, body in requests
     }
 

@@ -1,0 +1,151 @@
+"""One suite for every bus driver: what the runner relies on, on the real broker."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from causemesh.bus.base import BEFORE_FIRST, Bus, Outbound
+from causemesh.bus.kafka import KafkaBus
+from causemesh.bus.memory import MemoryBus
+from causemesh.catalogue import Topic
+from causemesh.errors import Misdeclared, Retryable
+
+PARTITIONS = 4
+
+
+@pytest.fixture(params=["memory", pytest.param("kafka", marks=pytest.mark.servers)])
+async def bus(request: pytest.FixtureRequest) -> AsyncIterator[Bus]:
+    made: Bus
+    if request.param == "memory":
+        made = MemoryBus()
+    else:
+        made = KafkaBus(request.getfixturevalue("kafka_bootstrap"))
+    yield made
+    await made.close()
+
+
+def declared(name: str, partitions: int = PARTITIONS) -> Topic:
+    record = {"type": "record", "name": "Row", "namespace": "t", "fields": []}
+    return Topic(name, "fact", record, "k", "o", (), (), (), partitions, 1, "NONE", "")
+
+
+@pytest.fixture
+async def topic(bus: Bus) -> str:
+    name = f"conformance.{uuid.uuid4().hex}"
+    admin = bus.admin()
+    assert await admin.ensure([declared(name)]) == [name]
+    await admin.close()
+    return name
+
+
+async def write(bus: Bus, topic: str, partition: int, values: list[bytes]) -> None:
+    producer = bus.producer("conformance")
+    half = len(values) // 2
+    parts = [values[:half], values[half:]]
+    await producer.send(
+        [Outbound(topic, partition, [b"k"] * len(part), part) for part in parts if part]
+    )
+    await producer.close()
+
+
+async def read(bus: Bus, after: dict[tuple[str, int], int], count: int) -> dict[Any, list[Any]]:
+    """(position, value) pairs by partition, until `count` came or nothing follows for a while."""
+    reader = bus.reader(after)
+    seen: dict[Any, list[Any]] = {}
+    quiet = 0
+    while sum(map(len, seen.values())) < count and quiet < 20:
+        batches = await reader.fetch(1000, 0.3)
+        quiet = 0 if batches else quiet + 1
+        for batch in batches:
+            pairs = zip(batch.positions.tolist(), batch.values, strict=True)
+            seen.setdefault((batch.topic, batch.partition), []).extend(pairs)
+    await reader.close()
+    return seen
+
+
+async def test_records_of_a_partition_keep_their_order(bus: Bus, topic: str) -> None:
+    values = [b"%d" % number for number in range(500)]
+    await write(bus, topic, 1, values)
+    seen = await read(bus, {(topic, 1): BEFORE_FIRST}, 500)
+    assert [value for _, value in seen[(topic, 1)]] == values
+    positions = [position for position, _ in seen[(topic, 1)]]
+    assert positions == sorted(set(positions))
+
+
+async def test_reading_goes_on_behind_a_stored_position(bus: Bus, topic: str) -> None:
+    await write(bus, topic, 0, [b"%d" % number for number in range(20)])
+    everything = (await read(bus, {(topic, 0): BEFORE_FIRST}, 20))[(topic, 0)]
+    for at in (0, 7, 18):
+        rest = await read(bus, {(topic, 0): everything[at][0]}, 19 - at)
+        assert rest[(topic, 0)] == everything[at + 1 :]
+
+
+async def test_a_reader_takes_only_its_partitions(bus: Bus, topic: str) -> None:
+    for partition in range(PARTITIONS):
+        await write(bus, topic, partition, [b"%d" % partition] * 3)
+    seen = await read(bus, {(topic, 1): BEFORE_FIRST, (topic, 3): BEFORE_FIRST}, 6)
+    assert {key: {value for _, value in rows} for key, rows in seen.items()} == {
+        (topic, 1): {b"1"},
+        (topic, 3): {b"3"},
+    }
+
+
+async def test_ends_name_the_last_record(bus: Bus, topic: str) -> None:
+    await write(bus, topic, 2, [b"a", b"b", b"c"])
+    admin = bus.admin()
+    ends = await admin.ends([topic])
+    await admin.close()
+    last = (await read(bus, {(topic, 2): BEFORE_FIRST}, 3))[(topic, 2)][-1][0]
+    assert ends == {(topic, 0): -1, (topic, 1): -1, (topic, 2): last, (topic, 3): -1}
+
+
+async def test_large_sends_are_split_and_stay_in_order(bus: Bus, topic: str) -> None:
+    values = [b"%d" % number + b"." * 300_000 for number in range(20)]
+    await write(bus, topic, 0, values)
+    seen = await read(bus, {(topic, 0): BEFORE_FIRST}, 20)
+    assert [value for _, value in seen[(topic, 0)]] == values
+
+
+async def test_another_partition_count_is_refused(bus: Bus, topic: str) -> None:
+    admin = bus.admin()
+    assert await admin.ensure([declared(topic)]) == []
+    with pytest.raises(Misdeclared, match="partitions"):
+        await admin.ensure([declared(topic, PARTITIONS + 1)])
+    await admin.close()
+
+
+async def settled(member: Any, count: int) -> frozenset[int]:
+    """Wait for an assignment of `count` partitions."""
+    async with asyncio.timeout(30):
+        while True:
+            owned: frozenset[int] = await member.changed()
+            if len(owned) == count:
+                return owned
+
+
+async def test_members_share_partitions_and_inherit_them(bus: Bus, topic: str) -> None:
+    group = f"group-{uuid.uuid4().hex}"
+    first = bus.membership(group, [topic])
+    assert await settled(first, PARTITIONS) == frozenset(range(PARTITIONS))
+    second = bus.membership(group, [topic])
+    halves = await asyncio.gather(settled(first, 2), settled(second, 2))
+    assert halves[0] | halves[1] == frozenset(range(PARTITIONS))
+    await second.close()
+    assert await settled(first, PARTITIONS) == frozenset(range(PARTITIONS))
+    await first.report({(topic, 0): 41})
+    admin = bus.admin()
+    assert (await admin.reported(group))[(topic, 0)] == 41
+    await admin.close()
+    await first.close()
+
+
+@pytest.mark.servers
+async def test_a_broker_that_is_away_is_retryable() -> None:
+    reader = KafkaBus("127.0.0.1:1").reader({("t", 0): BEFORE_FIRST})
+    with pytest.raises(Retryable, match="away"):
+        await reader.fetch(1, 0.1)

@@ -234,9 +234,9 @@ def test_eviction_forgets_only_what_no_answer_can_see() -> None:
     assert state.evict(61, keep=state.index.find(pl.Series(["a"]))) == 0
     assert state.evict(61) == 1
     assert state.entities == ["b"]
-    state.apply(read(view, [Event("c", 61, 0, 2, (None, 2.0))]))
+    state.apply(read(view, [Event("c", 71, 0, 2, (None, 2.0))]))
     names = [f.name for f in view.features]
-    answers = dict(zip(names, state.answer(["c"], np.array([62]))[0].tolist(), strict=True))
+    answers = dict(zip(names, state.answer(["c"], np.array([72]))[0].tolist(), strict=True))
     assert (answers["y_sum_5"], answers["events_1"]) == (2.0, 1.0)
     # c has the row that a had, and even a live request from the past sees nothing of a in it
     assert state.index.find(pl.Series(["c"])).tolist() == [1]

@@ -1,0 +1,138 @@
+"""The cluster as a whole: ports, start in parallel, status, stop."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from causemesh.errors import Misdeclared
+from causemesh.local.artefacts import Progress
+from causemesh.local.servers import HOST, Kafka, Postgres, Registry, Server
+
+_DEFAULT_PORTS = {
+    "kafka": 19092,
+    "kafka_controller": 19093,
+    "registry": 18081,
+    "registry_management": 18082,
+    "postgres": 15432,
+}
+SERVERS = ("kafka", "registry", "postgres")
+
+
+@dataclass(frozen=True)
+class Endpoints:
+    """Where the servers answer."""
+
+    kafka_bootstrap: str
+    registry_url: str
+    postgres_url: str
+
+    def environment(self) -> dict[str, str]:
+        """The settings that point a service at this cluster."""
+        return {f"CAUSEMESH_{name.upper()}": value for name, value in asdict(self).items()}
+
+    def database(self, name: str) -> str:
+        """The SQLAlchemy URL of one database."""
+        return f"{self.postgres_url}/{name}"
+
+
+@dataclass(frozen=True)
+class ServerStatus:
+    """One server as it is now."""
+
+    name: str
+    pid: int | None
+    port: int
+    rss_bytes: int
+    uptime_s: float
+
+
+class Cluster:
+    """The servers under one home folder. `up` and `down` may be called again at any time."""
+
+    def __init__(self, home: Path, servers: Sequence[str] = SERVERS) -> None:
+        unknown = set(servers) - set(SERVERS)
+        if unknown:
+            raise Misdeclared(f"unknown servers {sorted(unknown)}; known: {', '.join(SERVERS)}")
+        self._home = home.resolve()
+        self._home.mkdir(parents=True, exist_ok=True)
+        self._ports = self._choose_ports()
+        made: dict[str, Callable[[], Server]] = {
+            "kafka": lambda: Kafka(
+                self._home, self._ports["kafka"], self._ports["kafka_controller"]
+            ),
+            "registry": lambda: Registry(
+                self._home, self._ports["registry"], self._ports["registry_management"]
+            ),
+            "postgres": lambda: Postgres(self._home, self._ports["postgres"]),
+        }
+        self._servers = {name: made[name]() for name in servers}
+
+    @property
+    def endpoints(self) -> Endpoints:
+        """Where the servers answer, or will."""
+        return Endpoints(
+            f"{HOST}:{self._ports['kafka']}",
+            f"http://{HOST}:{self._ports['registry']}/apis/ccompat/v7",
+            f"postgresql+asyncpg://causemesh@{HOST}:{self._ports['postgres']}",
+        )
+
+    def up(self, progress: Progress = lambda server, state: None) -> Endpoints:
+        """Start what does not run; returns when all work. Raises Fatal with the end of a log."""
+        with ThreadPoolExecutor(len(self._servers)) as pool:
+            for done in [pool.submit(one.start, progress) for one in self._servers.values()]:
+                done.result()
+        return self.endpoints
+
+    def down(self) -> None:
+        """Stop all servers; their data stays."""
+        with ThreadPoolExecutor(len(self._servers)) as pool:
+            stops = [
+                pool.submit(one.process.stop, how=one.stop_signal)
+                for one in self._servers.values()
+            ]
+            for done in stops:
+                done.result()
+
+    def kill(self, name: str) -> None:
+        """End one server at once, as a crash does."""
+        process = self._servers[name].process.running()
+        if process is not None:
+            process.kill()
+            process.wait(10)
+
+    def status(self) -> list[ServerStatus]:
+        """Every server's state."""
+        return [self._status(name, server) for name, server in self._servers.items()]
+
+    @staticmethod
+    def _status(name: str, server: Server) -> ServerStatus:
+        process = server.process.running()
+        if process is None:
+            return ServerStatus(name, None, server.port, 0, 0.0)
+        uptime = time.time() - process.create_time()
+        return ServerStatus(name, process.pid, server.port, process.memory_info().rss, uptime)
+
+    def _choose_ports(self) -> dict[str, int]:
+        """The ports chosen before, else the defaults, else free ones."""
+        saved = self._home / "ports.json"
+        if saved.exists():
+            chosen: dict[str, int] = json.loads(saved.read_text())
+            return chosen
+        chosen = {name: _free(port) for name, port in _DEFAULT_PORTS.items()}
+        saved.write_text(json.dumps(chosen))
+        return chosen
+
+
+def _free(port: int) -> int:
+    with socket.socket() as probe:
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])

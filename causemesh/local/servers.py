@@ -1,0 +1,200 @@
+"""How each server is set up, started and asked whether it works. All bind 127.0.0.1 only."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+from pathlib import Path
+from typing import Protocol
+
+import httpx
+
+from causemesh.errors import Fatal
+from causemesh.local import artefacts
+from causemesh.local.artefacts import Progress
+from causemesh.local.process import ServerProcess
+
+HOST = "127.0.0.1"
+SERVICES = ("ingest", "features", "inference", "agents", "billing", "drift")
+
+
+class Server(Protocol):
+    """One kind of server."""
+
+    process: ServerProcess
+    port: int
+    stop_signal: signal.Signals
+
+    def start(self, progress: Progress) -> None:
+        """Fetch, set up and start what is missing; returns when it works."""
+
+
+def _port_open(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(0.5)
+        return probe.connect_ex((HOST, port)) == 0
+
+
+class Kafka:
+    """A one-node Kafka in KRaft mode."""
+
+    stop_signal = signal.SIGTERM
+
+    def __init__(self, home: Path, port: int, controller_port: int) -> None:
+        self.port = port
+        self._controller_port = controller_port
+        self._data = home / "kafka"
+        self.process = ServerProcess("kafka", home)
+
+    def start(self, progress: Progress) -> None:
+        """See `Server.start`."""
+        jars = artefacts.kafka_jars(progress)
+        run: list[str | Path] = [
+            artefacts.java(),
+            "-Xmx512m",
+            "-Xms256m",
+            "-XX:+UseG1GC",
+            f"-Dkafka.logs.dir={self.process.home / 'logs'}",
+            "-cp",
+            ":".join(map(str, jars)),
+        ]
+        settings = self._settings()
+        if not (self._data / "log" / "meta.properties").exists():
+            progress("kafka", "formatting its storage")
+            self._format(run, settings)
+        progress("kafka", "starting")
+        self.process.start([*run, "kafka.Kafka", settings])
+        self.process.wait_ready(lambda: _port_open(self.port), 60)
+
+    def _format(self, run: list[str | Path], settings: Path) -> None:
+        tool = ["kafka.tools.StorageTool", "format", "-t", "Y2F1c2VtZXNoLWxvY2FsMA", "-c", settings]
+        done = subprocess.run([*run, *tool], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise Fatal(f"Kafka's storage could not be formatted:\n{done.stdout}{done.stderr}")
+
+    def _settings(self) -> Path:
+        settings = {
+            "process.roles": "broker,controller",
+            "node.id": 1,
+            "controller.quorum.voters": f"1@{HOST}:{self._controller_port}",
+            "listeners": f"PLAINTEXT://{HOST}:{self.port},CONTROLLER://{HOST}:{self._controller_port}",
+            "advertised.listeners": f"PLAINTEXT://{HOST}:{self.port}",
+            "controller.listener.names": "CONTROLLER",
+            "listener.security.protocol.map": "CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT",
+            "log.dirs": self._data / "log",
+            "auto.create.topics.enable": "false",
+            "offsets.topic.num.partitions": 4,
+            "offsets.topic.replication.factor": 1,
+            "transaction.state.log.replication.factor": 1,
+            "transaction.state.log.min.isr": 1,
+            "share.coordinator.state.topic.replication.factor": 1,
+            "share.coordinator.state.topic.min.isr": 1,
+            "default.replication.factor": 1,
+            "message.max.bytes": 2 << 20,
+            "group.initial.rebalance.delay.ms": 0,
+            "group.min.session.timeout.ms": 1000,
+        }
+        self._data.mkdir(parents=True, exist_ok=True)
+        path = self._data / "server.properties"
+        path.write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
+        return path
+
+
+class Registry:
+    """Apicurio Registry with its Confluent API, stored in an H2 file."""
+
+    stop_signal = signal.SIGTERM
+
+    def __init__(self, home: Path, port: int, management_port: int) -> None:
+        self.port = port
+        data = home / "registry"
+        data.mkdir(parents=True, exist_ok=True)
+        environment = {
+            "QUARKUS_HTTP_HOST": HOST,
+            "QUARKUS_HTTP_PORT": str(port),
+            "QUARKUS_MANAGEMENT_HOST": HOST,
+            "QUARKUS_MANAGEMENT_PORT": str(management_port),
+            "APICURIO_STORAGE_KIND": "sql",
+            "APICURIO_STORAGE_SQL_KIND": "h2",
+            "APICURIO_DATASOURCE_URL": f"jdbc:h2:file:{data.resolve()}/registry",
+        }
+        self.process = ServerProcess("registry", home, environment)
+
+    def start(self, progress: Progress) -> None:
+        """See `Server.start`."""
+        folder = artefacts.registry_home(progress)
+        progress("registry", "starting")
+        self.process.start([artefacts.java(), "-Xmx256m", "-jar", folder / "quarkus-run.jar"])
+        self.process.wait_ready(self._answers, 90)
+
+    def _answers(self) -> bool:
+        try:
+            answer = httpx.get(f"http://{HOST}:{self.port}/apis/ccompat/v7/subjects", timeout=2)
+        except httpx.TransportError:
+            return False
+        return answer.status_code == 200
+
+
+class Postgres:
+    """Postgres with one database a service; only this machine can connect, without a password."""
+
+    stop_signal = signal.SIGINT  # a fast shutdown: sessions end, data is flushed
+
+    def __init__(self, home: Path, port: int) -> None:
+        self.port = port
+        self._data = home / "postgres"
+        # Postgres refuses to run as root.
+        user = "nobody" if os.geteuid() == 0 else None
+        self.process = ServerProcess("postgres", home, user=user)
+
+    def start(self, progress: Progress) -> None:
+        """See `Server.start`."""
+        programs = artefacts.postgres_bin()
+        if not (self._data / "PG_VERSION").exists():
+            progress("postgres", "creating its data folder")
+            self._create(programs)
+        progress("postgres", "starting")
+        settings = {
+            "listen_addresses": HOST,
+            "port": self.port,
+            "unix_socket_directories": "",
+            "max_connections": 120,
+            "shared_buffers": "128MB",
+        }
+        flags = [part for key, value in settings.items() for part in ("-c", f"{key}={value}")]
+        self.process.start([programs / "postgres", "-D", self._data, *flags])
+        self.process.wait_ready(lambda: self._answers(programs), 30)
+        for service in SERVICES:
+            self._ensure_database(programs, service)
+
+    def _create(self, programs: Path) -> None:
+        shutil.rmtree(self._data, ignore_errors=True)
+        self._data.mkdir(parents=True)
+        self._data.chmod(0o700)
+        if self.process.user is not None:
+            shutil.chown(self._data, self.process.user, "nogroup")
+        argv = [programs / "initdb", "-D", self._data, "-U", "causemesh", "-A", "trust"]
+        argv += ["-E", "UTF8", "--no-locale", "--no-instructions"]
+        done = subprocess.run(argv, capture_output=True, text=True, check=False, user=self.process.user)
+        if done.returncode:
+            raise Fatal(f"Postgres could not create its data folder:\n{done.stdout}{done.stderr}")
+
+    def _sql(self, programs: Path, statement: str) -> subprocess.CompletedProcess[str]:
+        argv = [programs / "psql", "-h", HOST, "-p", str(self.port), "-U", "causemesh"]
+        argv += ["-d", "postgres", "-tAqc", statement]
+        return subprocess.run(argv, capture_output=True, text=True, check=False)
+
+    def _answers(self, programs: Path) -> bool:
+        return self._sql(programs, "SELECT 1").stdout.strip() == "1"
+
+    def _ensure_database(self, programs: Path, name: str) -> None:
+        known = self._sql(programs, f"SELECT 1 FROM pg_database WHERE datname = '{name}'")
+        if known.stdout.strip() != "1":
+            done = self._sql(programs, f'CREATE DATABASE "{name}"')
+            if done.returncode:
+                raise Fatal(f"Postgres could not create database {name}: {done.stderr}")
+
+

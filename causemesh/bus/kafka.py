@@ -35,9 +35,12 @@ _KEEP_ALIVE_MS = 500
 class KafkaBus:
     """A Kafka cluster; see `Bus`."""
 
-    def __init__(self, bootstrap: str, *, session_timeout_ms: int = 6_000) -> None:
+    def __init__(
+        self, bootstrap: str, *, session_timeout_ms: int = 6_000, replication: int = 1
+    ) -> None:
         self._bootstrap = bootstrap
         self._session_timeout_ms = session_timeout_ms
+        self._replication = replication
 
     def reader(self, after: Mapping[TopicPartition, int]) -> KafkaReader:
         """See `Bus.reader`."""
@@ -53,7 +56,7 @@ class KafkaBus:
 
     def admin(self) -> KafkaAdmin:
         """See `Bus.admin`."""
-        return KafkaAdmin(self._bootstrap)
+        return KafkaAdmin(self._bootstrap, self._replication)
 
     async def close(self) -> None:
         """Nothing is held."""
@@ -254,10 +257,11 @@ class KafkaMembership(ConsumerRebalanceListener):  # type: ignore[misc]
 
 
 class KafkaAdmin:
-    """See `Admin`."""
+    """See `Admin`; new topics get `replication` copies."""
 
-    def __init__(self, bootstrap: str) -> None:
+    def __init__(self, bootstrap: str, replication: int) -> None:
         self._bootstrap = bootstrap
+        self._replication = replication
         self._client: Any = None
 
     async def ensure(self, topics: Sequence[Topic]) -> list[str]:
@@ -275,7 +279,12 @@ class KafkaAdmin:
                 )
         if missing:
             wanted = [
-                NewTopic(topic.name, topic.partitions, -1, topic_configs=topic.broker_settings())
+                NewTopic(
+                    topic.name,
+                    topic.partitions,
+                    self._replication,
+                    topic_configs=topic.broker_settings(),
+                )
                 for topic in missing
             ]
             answer = await client.create_topics(wanted)

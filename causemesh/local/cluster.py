@@ -93,8 +93,7 @@ class Cluster:
         """Stop all servers; their data stays."""
         with ThreadPoolExecutor(len(self._servers)) as pool:
             stops = [
-                pool.submit(one.process.stop, how=one.stop_signal)
-                for one in self._servers.values()
+                pool.submit(one.process.stop, how=one.stop_signal) for one in self._servers.values()
             ]
             for done in stops:
                 done.result()

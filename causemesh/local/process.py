@@ -70,6 +70,9 @@ class ServerProcess:
                 start_new_session=True,
             )
         started = psutil.Process(child.pid).create_time()
+        # From here on the pid file owns the process: without a return code the dropped handle would
+        # warn that its child still runs.
+        child.returncode = 0
         self._pid_file.write_text(json.dumps({"pid": child.pid, "started": started}))
 
     def wait_ready(self, ready: Callable[[], bool], timeout_s: float) -> None:
@@ -77,7 +80,9 @@ class ServerProcess:
         deadline = time.monotonic() + timeout_s
         while not ready():
             if self.running() is None:
-                raise Fatal(f"{self.name} ended while starting; the end of {self.log}:\n{self.tail()}")
+                raise Fatal(
+                    f"{self.name} ended while starting; the end of {self.log}:\n{self.tail()}"
+                )
             if time.monotonic() > deadline:
                 raise Fatal(
                     f"{self.name} was not ready in {timeout_s:.0f} s; the end of {self.log}:\n"
@@ -90,7 +95,7 @@ class ServerProcess:
         lines = self.log.read_text(errors="replace").splitlines()
         return "\n".join(lines[-_LOG_LINES:])
 
-    def stop(self, *, how: signal.Signals = signal.SIGTERM, timeout_s: float = 20.0) -> None:
+    def stop(self, *, how: signal.Signals = signal.SIGTERM, timeout_s: float = 10.0) -> None:
         """Stop and wait; kill what does not stop in time."""
         process = self.running()
         if process is None:

@@ -178,7 +178,9 @@ class Postgres:
             shutil.chown(self._data, self.process.user, "nogroup")
         argv = [programs / "initdb", "-D", self._data, "-U", "causemesh", "-A", "trust"]
         argv += ["-E", "UTF8", "--no-locale", "--no-instructions"]
-        done = subprocess.run(argv, capture_output=True, text=True, check=False, user=self.process.user)
+        done = subprocess.run(
+            argv, capture_output=True, text=True, check=False, user=self.process.user
+        )
         if done.returncode:
             raise Fatal(f"Postgres could not create its data folder:\n{done.stdout}{done.stderr}")
 
@@ -196,5 +198,3 @@ class Postgres:
             done = self._sql(programs, f'CREATE DATABASE "{name}"')
             if done.returncode:
                 raise Fatal(f"Postgres could not create database {name}: {done.stderr}")
-
-

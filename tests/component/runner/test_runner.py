@@ -23,7 +23,16 @@ from causemesh.codec.registry import HttpRegistry
 from causemesh.errors import Fenced
 from causemesh.positions import Checkpoint
 from causemesh.positions_sql import SqlPositionStore
-from causemesh.runner import Batch, Emission, Emitter, Limits, Outgoing, PartitionWorker, Runner, Stage
+from causemesh.runner import (
+    Batch,
+    Emission,
+    Emitter,
+    Limits,
+    Outgoing,
+    PartitionWorker,
+    Runner,
+    Stage,
+)
 
 pytestmark = pytest.mark.servers
 COUNT = 400
@@ -214,4 +223,3 @@ async def test_a_replaced_worker_cannot_commit(mesh: Mesh) -> None:
     assert await mesh.effects() == ["owner"]
     assert await mesh.store.watermark("g", 1) == 11
     assert await mesh.store.watermark("g", 2) is None
-

@@ -1,0 +1,48 @@
+# Everything runs from a virtual environment made from hashed requirements.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test unit component lint types imports docs lock clean
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(STAMP): requirements/dev.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --require-hashes -r requirements/dev.txt
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $(STAMP)
+
+setup: $(STAMP) ## Make the virtual environment
+
+test: lint types imports unit component ## The whole suite; starts the servers it needs
+
+unit: $(STAMP) ## Pure tests and the protocol simulation
+	$(BIN)/python -m pytest tests/unit tests/contract -n 2
+
+component: $(STAMP) ## Tests on real servers from package registries
+	$(BIN)/python -m pytest tests/component
+
+lint: $(STAMP) ## Style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP) ## Static types
+	$(BIN)/mypy causemesh services
+
+imports: $(STAMP) ## Who may import whom
+	$(BIN)/lint-imports
+
+docs: $(STAMP) ## Make docs/topics.md from the catalogue
+	$(BIN)/python -m causemesh.catalogue_docs > docs/topics.md
+
+lock: $(STAMP) ## Pin every dependency with its hashes
+	$(BIN)/uv pip compile --quiet --generate-hashes --no-header --no-emit-index-url \
+	  --python-version 3.11 --extra inference --extra billing --extra local --extra flights \
+	  --extra dev pyproject.toml --output-file requirements/dev.txt
+
+clean: ## Remove the environment and local data
+	rm -rf $(VENV) .causemesh .causemesh-test

@@ -1,0 +1,1 @@
+"""The feature service; so far its pure engine."""

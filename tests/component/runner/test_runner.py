@@ -187,6 +187,9 @@ async def crash(task: asyncio.Task[None]) -> None:
         await task
 
 
+# A crash leaves connections open in whatever state they are.
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 async def test_crashes_lose_and_double_nothing(mesh: Mesh) -> None:
     await mesh.produce(COUNT)
     expected = sorted(f"r{n}" for n in range(COUNT))

@@ -62,7 +62,7 @@ def registry_home(progress: Progress) -> Path:
 
 
 def _fetch_registry(kept: Path) -> None:
-    from jgo import MavenContext  # noqa: PLC0415 - only the embedded cluster needs the extra
+    from jgo.maven import MavenContext  # noqa: PLC0415 - only the embedded cluster needs the extra
 
     group, name, version = REGISTRY
     component = MavenContext().project(group, name).at_version(version)

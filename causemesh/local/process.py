@@ -23,8 +23,8 @@ _LOG_LINES = 15
 class ServerProcess:
     """A process with a pid file and a log under `home`.
 
-    The pid file also holds the start time, so a pid that the system gave to a stranger later is never
-    taken for ours.
+    The pid file also holds the start time, so a pid that the system gave to a stranger later is
+    never taken for ours.
     """
 
     name: str

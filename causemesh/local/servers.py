@@ -70,7 +70,14 @@ class Kafka:
         self.process.wait_ready(lambda: _port_open(self.port), 60)
 
     def _format(self, run: list[str | Path], settings: Path) -> None:
-        tool = ["kafka.tools.StorageTool", "format", "-t", "Y2F1c2VtZXNoLWxvY2FsMA", "-c", settings]
+        tool: list[str | Path] = [
+            "kafka.tools.StorageTool",
+            "format",
+            "-t",
+            "Y2F1c2VtZXNoLWxvY2FsMA",
+            "-c",
+            settings,
+        ]
         done = subprocess.run([*run, *tool], capture_output=True, text=True, check=False)
         if done.returncode:
             raise Fatal(f"Kafka's storage could not be formatted:\n{done.stdout}{done.stderr}")
@@ -176,7 +183,15 @@ class Postgres:
         self._data.chmod(0o700)
         if self.process.user is not None:
             shutil.chown(self._data, self.process.user, "nogroup")
-        argv = [programs / "initdb", "-D", self._data, "-U", "causemesh", "-A", "trust"]
+        argv: list[str | Path] = [
+            programs / "initdb",
+            "-D",
+            self._data,
+            "-U",
+            "causemesh",
+            "-A",
+            "trust",
+        ]
         argv += ["-E", "UTF8", "--no-locale", "--no-instructions"]
         done = subprocess.run(
             argv, capture_output=True, text=True, check=False, user=self.process.user
@@ -185,7 +200,15 @@ class Postgres:
             raise Fatal(f"Postgres could not create its data folder:\n{done.stdout}{done.stderr}")
 
     def _sql(self, programs: Path, statement: str) -> subprocess.CompletedProcess[str]:
-        argv = [programs / "psql", "-h", HOST, "-p", str(self.port), "-U", "causemesh"]
+        argv: list[str | Path] = [
+            programs / "psql",
+            "-h",
+            HOST,
+            "-p",
+            str(self.port),
+            "-U",
+            "causemesh",
+        ]
         argv += ["-d", "postgres", "-tAqc", statement]
         return subprocess.run(argv, capture_output=True, text=True, check=False)
 

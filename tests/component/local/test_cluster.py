@@ -20,17 +20,24 @@ from causemesh.local.cluster import SERVERS
 pytestmark = pytest.mark.servers
 
 
-async def test_data_survives_a_crash_of_every_server(tmp_path: Path) -> None:
-    tmp_path.chmod(0o755)
-    for parent in list(tmp_path.parents)[:2]:
-        parent.chmod(0o755)  # Postgres runs as an unprivileged user when the tests run as root
-    cluster = Cluster(tmp_path)
+@pytest.fixture
+def open_folder(tmp_path: Path) -> Path:
+    """A folder that Postgres can enter: it runs as an unprivileged user when the tests are root."""
+    for folder in (tmp_path, *list(tmp_path.parents)[:2]):
+        folder.chmod(0o755)
+    return tmp_path
+
+
+async def test_data_survives_a_crash_of_every_server(open_folder: Path) -> None:
+    cluster = Cluster(open_folder)
     try:
         await _use_and_crash(cluster)
     finally:
         cluster.down()
     assert [status.pid for status in cluster.status()] == [None] * len(SERVERS)
-    homed = [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in str(p.info["cmdline"])]
+    homed = [
+        p for p in psutil.process_iter(["cmdline"]) if str(open_folder) in str(p.info["cmdline"])
+    ]
     assert homed == []
 
 

@@ -175,7 +175,7 @@ async def mesh(kafka_bootstrap: str, registry_url: str, database: AsyncEngine) -
 
 async def until(mesh: Mesh, count: int, timeout_s: float = 60) -> list[str]:
     async with asyncio.timeout(timeout_s):
-        while len(found := await mesh.effects()) < count:
+        while len(found := await mesh.effects()) < count:  # noqa: ASYNC110 - polls a database
             await asyncio.sleep(0.1)
     return found
 

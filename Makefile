@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The suites run small frames in one process: more threads only cost.
+export POLARS_MAX_THREADS := 1
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
@@ -21,7 +23,7 @@ setup: $(STAMP) ## Make the virtual environment
 test: lint types imports unit component ## The whole suite; starts the servers it needs
 
 unit: $(STAMP) ## Pure tests and the protocol simulation
-	$(BIN)/python -m pytest tests/unit tests/contract -n 2
+	$(BIN)/python -m pytest tests/unit tests/contract -v
 
 component: $(STAMP) ## Tests on real servers from package registries
 	$(BIN)/python -m pytest tests/component

@@ -35,6 +35,7 @@ _TOPIC_FIELDS = {
 _EVENT_FIELDS = frozenset(
     ["record", "key", "watermark", "lateness_seconds", "partitions", "retention_days", "about"]
 )
+_PROJECT_FIELDS = frozenset(["event_types", "requests"])
 _MICROS = 1_000_000
 
 
@@ -81,17 +82,24 @@ class Topic:
 
 
 @dataclass(frozen=True)
-class EventType:
-    """A kind of event that users produce.
+class Progress:
+    """Who promises the progress of event time on an inbox topic.
 
-    `watermark` says who promises progress: `clock` (the door: wall clock minus
-    `lateness_us`) or `source` (the producer writes watermarks itself, as a replay does).
+    `watermark` is `clock` (the door does: wall clock minus `lateness_us`) or `source` (the producer
+    writes watermarks itself, as a replay does).
     """
+
+    watermark: Literal["clock", "source"] = "clock"
+    lateness_us: int = 0
+
+
+@dataclass(frozen=True)
+class EventType:
+    """A kind of event that users produce."""
 
     name: str
     key: str
-    watermark: Literal["clock", "source"]
-    lateness_us: int
+    progress: Progress
     record: Schema
 
     @property
@@ -112,6 +120,7 @@ class Catalogue:
     topics: Mapping[str, Topic]
     event_types: Mapping[str, EventType]
     controls: Mapping[str, Schema] = field(default_factory=dict)
+    requests: Progress = Progress()
 
     @classmethod
     def load(cls, projects: Sequence[Path] = (), *, partitions: int | None = None) -> Catalogue:
@@ -126,7 +135,7 @@ class Catalogue:
             controls = {WATERMARK: loader.avsc(folder / "records" / "Watermark.avsc")}
         for project in projects:
             loader.read_project(Path(project))
-        catalogue = cls(loader.topics, loader.event_types, controls)
+        catalogue = cls(loader.topics, loader.event_types, controls, loader.requests)
         catalogue._check()
         return catalogue
 
@@ -178,6 +187,7 @@ class _Loader:
         self.defaults: dict[str, Any] = {}
         self.topics: dict[str, Topic] = {}
         self.event_types: dict[str, EventType] = {}
+        self.requests = Progress()
         self.envelopes = {
             form: self.avsc(folder / "envelope" / f"{form}.avsc")["fields"]
             for form in ("fact", "external")
@@ -208,22 +218,25 @@ class _Loader:
         if not path.exists():
             raise Misdeclared(f"{path} is missing; a mesh project declares its event types there")
         document = yaml.safe_load(path.read_text()) or {}
+        _refuse_unknown(path, "the file", document, _PROJECT_FIELDS)
+        requests = document.get("requests") or {}
+        _refuse_unknown(path, "requests", requests, {"watermark", "lateness_seconds"})
+        self.requests = _progress(path, "requests", requests, 0)
         for name, entry in (document.get("event_types") or {}).items():
             _refuse_unknown(path, name, entry, _EVENT_FIELDS)
-            self._add_event_type(project, name, entry)
+            self._add_event_type(path, name, entry)
 
-    def _add_event_type(self, project: Path, name: str, entry: Mapping[str, Any]) -> None:
+    def _add_event_type(self, path: Path, name: str, entry: Mapping[str, Any]) -> None:
         if name in self.event_types or name == "requests":
             raise Misdeclared(f"event type {name!r} is declared twice (requests is the mesh's own)")
-        record = self.avsc(project / "events" / f"{entry['record']}.avsc")
+        record = self.avsc(path.parent / "events" / f"{entry['record']}.avsc")
         columns = {column["name"] for column in record["fields"]}
         if entry["key"] not in columns:
             raise Misdeclared(f"event type {name!r}: key {entry['key']!r} is not a field of it")
         kind = EventType(
             name,
             entry["key"],
-            entry.get("watermark", "clock"),
-            int(float(entry.get("lateness_seconds", 60)) * _MICROS),
+            _progress(path, name, entry, 60),
             record,
         )
         self.event_types[name] = kind
@@ -266,6 +279,13 @@ class _Loader:
             compatibility=str(merged["compatibility"]),
             about=" ".join(str(entry.get("about", "")).split()),
         )
+
+
+def _progress(path: Path, name: str, entry: Mapping[str, Any], lateness_s: float) -> Progress:
+    watermark = entry.get("watermark", "clock")
+    if watermark not in ("clock", "source"):
+        raise Misdeclared(f"{path}: {name}: watermark must be clock or source, not {watermark!r}")
+    return Progress(watermark, round(float(entry.get("lateness_seconds", lateness_s)) * _MICROS))
 
 
 def _refuse_unknown(path: Path, name: str, entry: Mapping[str, Any], known: Set[str]) -> None:

@@ -9,10 +9,9 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from causemesh.errors import Fenced, Retryable
+from causemesh.errors import Fenced
 from causemesh.positions import Checkpoint, Claim, Unit
-
-metadata = sa.MetaData()
+from causemesh.sql import database_errors, metadata
 
 checkpoints = sa.Table(
     "checkpoints",
@@ -51,7 +50,7 @@ class SqlPositionStore:
             )
             .returning(table.c.epoch, table.c.progress, table.c.watermark_us, table.c.state)
         )
-        async with _database_errors(), self._engine.begin() as connection:
+        async with database_errors(), self._engine.begin() as connection:
             row = (await connection.execute(statement)).one()
         claim = Claim(group, partition, row.epoch)
         if row.progress is None:
@@ -64,7 +63,7 @@ class SqlPositionStore:
 
     @asynccontextmanager
     async def _unit(self, claim: Claim) -> AsyncIterator[Unit]:
-        async with _database_errors(), self._engine.connect() as connection:
+        async with database_errors(), self._engine.connect() as connection:
             yield _SqlUnit(connection, claim)
 
     async def watermark(self, group: str, partitions: int) -> int | None:
@@ -73,7 +72,7 @@ class SqlPositionStore:
         statement = sa.select(
             sa.func.count(table.c.watermark_us), sa.func.min(table.c.watermark_us)
         )
-        async with _database_errors(), self._engine.connect() as connection:
+        async with database_errors(), self._engine.connect() as connection:
             row = (await connection.execute(statement.where(table.c.group_name == group))).one()
         return int(row[1]) if row[0] == partitions else None
 
@@ -100,16 +99,3 @@ class _SqlUnit:
         if done.rowcount != 1:
             raise Fenced(f"{claim.group}[{claim.partition}]: epoch {claim.epoch} was replaced")
         await self.transaction.commit()
-
-
-@asynccontextmanager
-async def _database_errors() -> AsyncIterator[None]:
-    """A lost connection or a restarting server is worth waiting for; other errors are bugs."""
-    try:
-        yield
-    except sa.exc.DBAPIError as error:
-        if error.connection_invalidated or isinstance(error, sa.exc.OperationalError):
-            raise Retryable(f"the database is away: {error.orig!r}", retry_after=1.0) from error
-        raise
-    except (ConnectionError, TimeoutError) as error:
-        raise Retryable(f"the database is away: {error!r}", retry_after=1.0) from error

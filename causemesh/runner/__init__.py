@@ -2,6 +2,7 @@
 
 from causemesh.runner.batch import NEVER, Batch, Emission, Outgoing, Processor
 from causemesh.runner.emitter import Emitter
+from causemesh.runner.observer import Observer, UnitReport
 from causemesh.runner.runner import Runner
 from causemesh.runner.stage import Limits, Stage
 from causemesh.runner.worker import PartitionWorker
@@ -12,9 +13,11 @@ __all__ = [
     "Emission",
     "Emitter",
     "Limits",
+    "Observer",
     "Outgoing",
     "PartitionWorker",
     "Processor",
     "Runner",
     "Stage",
+    "UnitReport",
 ]

@@ -25,6 +25,8 @@ class Batch:
     `frame` has the reader schema's columns, one row a record; `rows[i]` is the row of `raw` that
     frame row i came from. `bad` maps rows of `raw` that did not decode to the reason; the runner
     dead-letters them itself unless the processor asked for them (`Processor.takes_bad_rows`).
+    On an inbox topic `promised_us[i]` is the watermark in force when row i of `raw` was written,
+    so that what depends on it does not depend on where a batch ends.
     """
 
     topic: str
@@ -33,6 +35,7 @@ class Batch:
     rows: npt.NDArray[np.int64]
     raw: RawBatch
     bad: Mapping[int, str] = field(default_factory=dict)
+    promised_us: Positions | None = None
 
     @property
     def positions(self) -> Positions:
@@ -58,6 +61,7 @@ class Batch:
             self.rows[keep],
             self.raw,
             self.bad,
+            self.promised_us,
         )
 
 
@@ -67,7 +71,8 @@ class Outgoing:
 
     `frame` holds the record's columns without `cause`; `event_id` is derived from the cause when
     the column is absent. `positions` and `indexes` (default 0) name each row's cause. `keys` are
-    the message keys; a null key stays on the cause's partition number.
+    the message keys; a null key stays on the cause's partition number. `origins` (structs of topic,
+    partition, position) names the records behind outbox rows.
     """
 
     topic: str
@@ -77,6 +82,7 @@ class Outgoing:
     cause_partition: int
     positions: Positions
     indexes: Int32s | None = None
+    origins: pl.Series | None = None
 
     def __len__(self) -> int:
         return self.frame.height

@@ -18,7 +18,7 @@ from causemesh.errors import Fatal, Misdeclared
 from causemesh.runner.batch import Outgoing
 
 _NAMESPACE = uuid.UUID("5f0c1f0e-6f4e-5f43-9a57-0d1c6f1f2f61").bytes
-_NO_ORIGIN = pl.Struct({"topic": pl.String, "partition": pl.Int32, "position": pl.Int64})
+_ORIGIN = pl.Struct({"topic": pl.String, "partition": pl.Int32, "position": pl.Int64})
 
 
 def event_ids(
@@ -130,7 +130,9 @@ def _with_envelope(part: Outgoing, indexes: npt.NDArray[np.int32], record: Schem
         pl.lit(part.cause_partition, dtype=pl.Int32).alias("partition"),
         pl.Series("position", part.positions, dtype=pl.Int64),
         pl.Series("index", indexes, dtype=pl.Int32),
-        pl.lit(None, dtype=_NO_ORIGIN).alias("origin"),
+        pl.lit(None, dtype=_ORIGIN).alias("origin")
+        if part.origins is None
+        else part.origins.cast(_ORIGIN).alias("origin"),
     ).alias("cause")
     frame = part.frame.with_columns(cause)
     if "event_id" not in frame.columns:

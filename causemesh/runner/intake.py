@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from causemesh.bus.base import RawBatch
+import numpy as np
+
+from causemesh.bus.base import Positions, RawBatch
 from causemesh.catalogue import WATERMARK, Catalogue
 from causemesh.codec.base import BatchDecoder, Decoded
-from causemesh.runner.batch import Batch
+from causemesh.runner.batch import NEVER, Batch
 from causemesh.runner.marks import HighWaterMarks
 from causemesh.runner.watermarks import WatermarkTracker
+
+Heard = tuple[int, int]
+"""A row of a raw batch and the watermark (microseconds) it announced."""
 
 
 @dataclass
@@ -47,12 +52,15 @@ class Intake:
         topic = self._catalogue.topic(raw.topic)
         decoded = await self._decoder.decode(raw.values, topic.record)
         bad = dict(decoded.bad)
+        before_us = self._watermarks.of_input((raw.topic, raw.partition))
+        heard: list[Heard] = []
         for name, rows in decoded.foreign.items():
             if name == WATERMARK:
-                bad |= await self._hear(raw, rows)
+                bad |= await self._hear(raw, rows, heard)
             else:
                 bad |= dict.fromkeys(rows, f"a {name} does not belong on {raw.topic}")
-        batch = Batch(raw.topic, raw.partition, decoded.frame, decoded.rows, raw, bad)
+        promised = _in_force(len(raw), before_us, heard) if topic.form == "inbox" else None
+        batch = Batch(raw.topic, raw.partition, decoded.frame, decoded.rows, raw, bad, promised)
         self.counts.records += len(raw)
         self.counts.bad += len(bad)
         return self._fresh(batch) if topic.form == "fact" else batch
@@ -68,13 +76,27 @@ class Intake:
         self.counts.replays += len(replays)
         return batch.without(replays)
 
-    async def _hear(self, raw: RawBatch, rows: Sequence[int]) -> Mapping[int, str]:
+    async def _hear(
+        self, raw: RawBatch, rows: Sequence[int], heard: list[Heard]
+    ) -> Mapping[int, str]:
+        """Take the promises in `rows`; those about the partition itself are added to `heard`."""
         schema = self._catalogue.controls[WATERMARK]
         decoded: Decoded = await self._decoder.decode([raw.values[row] for row in rows], schema)
         frame = decoded.frame
+        source = (raw.topic, raw.partition)
         at_us = frame["watermark_at"].to_physical()
-        for topic, partition, at in zip(
-            frame["source_topic"], frame["source_partition"], at_us, strict=True
+        for row, topic, partition, at in zip(
+            decoded.rows, frame["source_topic"], frame["source_partition"], at_us, strict=True
         ):
-            self._watermarks.promise((raw.topic, raw.partition), (topic, partition), at)
+            self._watermarks.promise(source, (topic, partition), at)
+            if (topic, partition) == source:
+                heard.append((rows[row], at))
         return {rows[row]: reason for row, reason in decoded.bad.items()}
+
+
+def _in_force(count: int, before_us: int | None, heard: Sequence[Heard]) -> Positions:
+    """The watermark in force at each of `count` rows."""
+    promised = np.full(count, NEVER if before_us is None else before_us, dtype=np.int64)
+    for row, at_us in heard:
+        promised[row] = max(at_us, int(promised[row]))
+    return np.maximum.accumulate(promised)

@@ -27,6 +27,7 @@ from causemesh.runner.emitter import Emitter
 from causemesh.runner.faults import Faults
 from causemesh.runner.intake import Intake
 from causemesh.runner.marks import HighWaterMarks
+from causemesh.runner.observer import Observer, UnitReport, Unobserved
 from causemesh.runner.stage import Limits, Stage
 from causemesh.runner.watermarks import WatermarkTracker
 
@@ -47,6 +48,7 @@ class PartitionWorker:
         emitter: Emitter,
         clock: Clock,
         limits: Limits,
+        observer: Observer | None = None,
         deduplicate: bool = True,
     ) -> None:
         self.stage = stage
@@ -57,6 +59,8 @@ class PartitionWorker:
         self._catalogue = catalogue
         self._emitter = emitter
         self._limits = limits
+        self._clock = clock
+        self._observer: Observer = observer or Unobserved()
         self._faults = Faults(clock, limits)
         self._marks = HighWaterMarks(enabled=deduplicate)
         inputs = stage.inputs(catalogue, partition)
@@ -67,6 +71,7 @@ class PartitionWorker:
         self.intake = Intake(catalogue, decoder, self._marks, self.watermarks)
         self._promised: dict[tuple[str, str, int], int] = {}
         self._uncommitted = 0
+        self._dead = self._sent = 0  # of the last unit
         self._seen_watermark = NEVER
         self.stopping = False
         self.committed = False
@@ -95,6 +100,8 @@ class PartitionWorker:
 
     async def _step(self, claim: Claim, reader: Reader) -> None:
         raws = await reader.fetch(self._limits.max_records, self._limits.max_wait_s)
+        began = self._clock.monotonic()
+        replays = self.intake.counts.replays
         batches = await self.intake.take(raws)
         for raw in raws:
             self.positions[(raw.topic, raw.partition)] = int(raw.positions[-1])
@@ -108,6 +115,16 @@ class PartitionWorker:
                 await self._processor.process(batches, self.watermarks.least(), unit.transaction)
 
         await self._faults.contain(self._processor, batches, attempt, rehearse)
+        if raws:
+            report = UnitReport(
+                sum(len(raw) for raw in raws),
+                self.intake.counts.replays - replays,
+                self._dead,
+                self._sent,
+                self._clock.monotonic() - began,
+                self.watermarks.least(),
+            )
+            self._observer.unit_done(self.stage, self.partition, report)
 
     async def _unit(
         self, claim: Claim, batches: Sequence[Batch], dead: DeadRows, *, idle: bool
@@ -117,6 +134,8 @@ class PartitionWorker:
             emission = await self._processor.process(batches, watermark, unit.transaction)
             letters = dead_letters(self.stage.service, dead)
             promises = self._due_promises(emission)
+            self._dead = sum(len(part) for part in letters)
+            self._sent = sum(len(part) for part in emission.outgoing)
             await self._emitter.send([*emission.outgoing, *letters], promises)
             self._promised.update(promises)
             if self._commit_is_due(moved=watermark != self._seen_watermark, idle=idle):

@@ -1,0 +1,90 @@
+"""Errors as application/problem+json (RFC 9457)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from causemesh.errors import Misdeclared, Retryable
+
+_log = structlog.get_logger(__name__)
+
+
+class Problem(Exception):
+    """An expected failure of a request.
+
+    `kind` is the code of the problem (a code of docs/bad-input.md where one fits); `extra` are more
+    members of the answer.
+    """
+
+    def __init__(self, status: int, kind: str, detail: str, **extra: Any) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.kind = kind
+        self.detail = detail
+        self.extra = extra
+
+
+def _answer(
+    status: int, kind: str, detail: str, extra: dict[str, Any], headers: dict[str, str]
+) -> JSONResponse:
+    body = {
+        "type": f"urn:causemesh:problem:{kind}",
+        "title": kind.replace("_", " "),
+        "status": status,
+        "detail": detail,
+        **extra,
+    }
+    return JSONResponse(body, status, headers, media_type="application/problem+json")
+
+
+async def _problem(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, Problem)
+    return _answer(error.status, error.kind, error.detail, error.extra, {})
+
+
+async def _http(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    kind = {401: "unauthorised", 404: "not_found", 405: "method_not_allowed"}
+    headers = dict(error.headers or {})
+    code = kind.get(error.status_code, "refused")
+    return _answer(error.status_code, code, str(error.detail), {}, headers)
+
+
+async def _invalid(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    errors = [
+        {"field": ".".join(map(str, one["loc"])), "message": one["msg"]} for one in error.errors()
+    ]
+    detail = "; ".join(f"{one['field']}: {one['message']}" for one in errors[:3])
+    return _answer(422, "invalid", detail, {"errors": errors}, {})
+
+
+async def _away(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, Retryable)
+    headers = {"Retry-After": str(max(1, round(error.retry_after)))}
+    return _answer(503, "unavailable", str(error), {}, headers)
+
+
+async def _refused(_: Request, error: Exception) -> JSONResponse:
+    return _answer(422, "misdeclared", str(error), {}, {})
+
+
+async def _bug(request: Request, error: Exception) -> JSONResponse:
+    _log.error("request_failed", path=request.url.path, exc_info=error)
+    return _answer(500, "internal", "an unexpected error; the log has its trace", {}, {})
+
+
+def add_problem_handlers(app: FastAPI) -> None:
+    """Answer every failure as problem+json."""
+    app.add_exception_handler(Problem, _problem)
+    app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(Retryable, _away)
+    app.add_exception_handler(Misdeclared, _refused)
+    app.add_exception_handler(Exception, _bug)

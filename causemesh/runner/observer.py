@@ -1,0 +1,34 @@
+"""What a worker tells about its work, for metrics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from causemesh.runner.stage import Stage
+
+
+@dataclass(frozen=True)
+class UnitReport:
+    """One finished unit of work. `seconds` spans decode to commit; `watermark_us` may be NEVER."""
+
+    records: int
+    replays: int
+    dead: int
+    sent: int
+    seconds: float
+    watermark_us: int
+
+
+class Observer(Protocol):
+    """Hears of every unit that brought records."""
+
+    def unit_done(self, stage: Stage, partition: int, report: UnitReport) -> None:
+        """A unit is over."""
+
+
+class Unobserved:
+    """Tells nobody."""
+
+    def unit_done(self, stage: Stage, partition: int, report: UnitReport) -> None:
+        """See `Observer.unit_done`."""

@@ -1,0 +1,269 @@
+"""What a service process stands on: connections made once, runners, the admin API, a clean end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from typing import Any
+
+import structlog
+import uvicorn
+from fastapi import APIRouter
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from causemesh.admin import create_app
+from causemesh.bus.base import BEFORE_FIRST, Bus, Producer
+from causemesh.bus.kafka import KafkaBus
+from causemesh.catalogue import DEADLETTERS, Catalogue
+from causemesh.clock import SystemClock
+from causemesh.codec.decode import Decoder
+from causemesh.codec.encode import RegistryEncoders
+from causemesh.codec.registry import HttpRegistry
+from causemesh.errors import MeshError, Retryable
+from causemesh.migrations import migrate
+from causemesh.outbox import OutboxDrain
+from causemesh.positions_sql import SqlPositionStore
+from causemesh.runner import Emitter, Limits, PartitionWorker, Processor, Runner, Stage
+from causemesh.settings import API_PORTS, ServiceSettings
+from causemesh.telemetry import Metrics, configure_logging
+
+_log = structlog.get_logger(__name__)
+_LAG_S = 5.0
+_START_ATTEMPTS = 30
+
+
+class Service:
+    """One service's connections and the runners made on them.
+
+    Made by `open_service`; a composition root calls `runner`, `outbox` and at last `serve`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        settings: ServiceSettings,
+        *,
+        catalogue: Catalogue,
+        bus: Bus,
+        registry: HttpRegistry,
+        engine: AsyncEngine,
+    ) -> None:
+        self.name = name
+        self.settings = settings
+        self.catalogue = catalogue
+        self.bus = bus
+        self.registry = registry
+        self.engine = engine
+        self.clock = SystemClock()
+        self.store = SqlPositionStore(engine)
+        self.encoders = RegistryEncoders(registry)
+        self.decoder = Decoder(registry)
+        self.metrics = Metrics()
+        self.runners: list[Runner] = []
+        self._stages: list[Stage] = []
+        self._producers: list[Producer] = []
+
+    def emitter(self, writes: Sequence[str]) -> Emitter:
+        """Sends to declared topics. Raises Misdeclared when this service may not write one."""
+        self.catalogue.require(self.name, writes=writes)
+        return Emitter(self.catalogue, self.encoders, self.producer(), writes)
+
+    def producer(self) -> Producer:
+        """A producer that is closed with the service."""
+        producer = self.bus.producer(f"causemesh-{self.name}")
+        self._producers.append(producer)
+        return producer
+
+    def runner(
+        self,
+        stage: Stage,
+        make_processor: Callable[[int], Processor],
+        limits: Limits | None = None,
+    ) -> Runner:
+        """A runner for `stage`; `make_processor(partition)` builds each worker's processor.
+
+        Raises Misdeclared when the catalogue does not let this service read or write a topic.
+        """
+        reads = [*stage.shared, *stage.broadcast]
+        self.catalogue.require(self.name, reads=reads)
+        emitter = self.emitter([*stage.writes, DEADLETTERS])
+
+        def make_worker(partition: int) -> PartitionWorker:
+            return PartitionWorker(
+                stage,
+                partition,
+                make_processor(partition),
+                bus=self.bus,
+                store=self.store,
+                catalogue=self.catalogue,
+                decoder=self.decoder,
+                emitter=emitter,
+                clock=self.clock,
+                limits=limits or Limits(),
+                observer=self.metrics,
+            )
+
+        membership = self.bus.membership(stage.group, stage.shared)
+        runner = Runner(membership, make_worker, self.clock)
+        self.runners.append(runner)
+        self._stages.append(stage)
+        return runner
+
+    def outbox(self, writes: Sequence[str]) -> OutboxDrain:
+        """The drain of this service's outbox to `writes`; run it as a task of `serve`."""
+        return OutboxDrain(self.name, self.engine, self.catalogue, self.emitter(writes))
+
+    async def serve(
+        self,
+        routers: Sequence[APIRouter] = (),
+        tasks: Sequence[Callable[[], Coroutine[Any, Any, None]]] = (),
+    ) -> None:
+        """Run all runners, tasks and the API until SIGTERM or SIGINT, or until one fails.
+
+        On a signal units in progress are finished. Raises what failed.
+        """
+        await self._ensure_topics()
+        server = self._server(routers)
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        running = [asyncio.create_task(runner.run()) for runner in self.runners]
+        background = [asyncio.create_task(task()) for task in [*tasks, self._watch_lag]]
+        web = asyncio.create_task(server.serve())
+        stopping = asyncio.create_task(stop.wait())
+        _log.info("service_started", port=server.config.port)
+        waiting = {*running, *background, web, stopping}
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        for task in background:
+            task.cancel()
+        for runner in self.runners:
+            runner.stop()
+        server.should_exit = True
+        results = await asyncio.gather(*running, *background, web, return_exceptions=True)
+        failures = [error for error in results if isinstance(error, Exception)]
+        _log.info("service_stopped", failures=[str(error) for error in failures])
+        if failures:
+            raise failures[0]
+
+    def _server(self, routers: Sequence[APIRouter]) -> uvicorn.Server:
+        app = create_app(
+            self.name, self.settings.token(), self.metrics.registry, self._missing, routers
+        )
+        config = uvicorn.Config(
+            app,
+            host=self.settings.api_host,
+            port=self.settings.api_port or API_PORTS[self.name],
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=3,
+        )
+        return _Server(config)
+
+    async def _missing(self) -> dict[str, str]:
+        """What keeps the service from its work: partitions with no worker at all."""
+        return {
+            stage.group: "owns no partition yet"
+            for stage, runner in zip(self._stages, self.runners, strict=True)
+            if not runner.workers
+        }
+
+    async def _ensure_topics(self) -> None:
+        """Create the topics this service touches, so that services start in any order."""
+        names = {DEADLETTERS} if self._stages else set()
+        for stage in self._stages:
+            names |= {*stage.shared, *stage.broadcast, *stage.writes}
+        admin = self.bus.admin()
+        try:
+            await _patiently(
+                lambda: admin.ensure([self.catalogue.topic(name) for name in sorted(names)])
+            )
+        finally:
+            await admin.close()
+
+    async def _watch_lag(self) -> None:
+        admin = self.bus.admin()
+        try:
+            while True:
+                await asyncio.sleep(_LAG_S)
+                with suppress(Retryable):  # the runners report a broker that is away
+                    await self._note_lag(admin)
+        finally:
+            await admin.close()
+
+    async def _note_lag(self, admin: Any) -> None:
+        topics = {name for stage in self._stages for name in (*stage.shared, *stage.broadcast)}
+        if not topics:
+            return
+        ends = await admin.ends(sorted(topics))
+        for stage, runner in zip(self._stages, self.runners, strict=True):
+            for worker in list(runner.workers.values()):
+                for source, at in worker.positions.items():
+                    behind = ends.get(source, BEFORE_FIRST) - at
+                    self.metrics.lag(stage.group, source, max(behind, 0))
+
+    async def close(self) -> None:
+        """Close every connection."""
+        for producer in self._producers:
+            await producer.close()
+        await self.registry.close()
+        await self.bus.close()
+        await self.engine.dispose()
+
+
+class _Server(uvicorn.Server):
+    """A web server that leaves signals to `Service.serve`."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def _patiently(work: Callable[[], Awaitable[Any]]) -> Any:
+    """Wait for servers that start beside us. Raises Retryable when they don't come."""
+    for attempt in range(_START_ATTEMPTS):
+        try:
+            return await work()
+        except Retryable as error:
+            if attempt == _START_ATTEMPTS - 1:
+                raise
+            _log.info("waiting", reason=str(error))
+            await asyncio.sleep(error.retry_after)
+    return None
+
+
+@asynccontextmanager
+async def open_service(name: str, settings: ServiceSettings) -> AsyncIterator[Service]:
+    """Connect a service and bring its database up to date; closes all at the end."""
+    configure_logging(name, level=settings.log_level, form=settings.log_format)
+    settings.token()
+    projects = [settings.project] if settings.project else []
+    catalogue = Catalogue.load(projects, partitions=settings.partitions)
+    async with AsyncExitStack() as stack:
+        engine = create_async_engine(
+            f"{settings.postgres_url}/{name}", pool_size=10, max_overflow=10
+        )
+        stack.push_async_callback(engine.dispose)
+        await _patiently(lambda: migrate(name, engine))
+        bus = KafkaBus(settings.kafka_bootstrap, replication=settings.replication)
+        registry = HttpRegistry(settings.registry_url)
+        service = Service(
+            name, settings, catalogue=catalogue, bus=bus, registry=registry, engine=engine
+        )
+        stack.push_async_callback(service.close)
+        yield service
+
+
+def run_process(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run a service's `main` as a process: exit status 0 after a signal, 1 after a failure."""
+    try:
+        asyncio.run(main())
+    except MeshError as error:
+        _log.error("service_failed", reason=str(error))
+        sys.exit(1)

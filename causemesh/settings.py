@@ -1,0 +1,65 @@
+"""What every service is told from outside, read from `CAUSEMESH_*` environment variables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from causemesh.errors import Misdeclared
+
+API_PORTS = {
+    "ingest": 8101,
+    "features": 8102,
+    "inference": 8103,
+    "agents": 8104,
+    "billing": 8105,
+    "drift": 8106,
+}
+"""The default port of each service's admin API."""
+
+
+class ServiceSettings(BaseSettings):
+    """Common settings; a service adds its own fields. The defaults fit the embedded cluster."""
+
+    model_config = SettingsConfigDict(env_prefix="CAUSEMESH_", extra="ignore")
+
+    kafka_bootstrap: str = "127.0.0.1:19092"
+    registry_url: str = "http://127.0.0.1:18081/apis/ccompat/v7"
+    postgres_url: str = Field(
+        default="postgresql+asyncpg://causemesh@127.0.0.1:15432",
+        description="The server, without a database: each service uses the one of its own name.",
+    )
+    project: Path | None = Field(
+        default=None, description="Folder with the project's catalogue.yaml and service files."
+    )
+    partitions: int | None = Field(default=None, ge=1, le=1024)
+    replication: int = Field(default=1, ge=1)
+    api_host: str = "127.0.0.1"
+    api_port: int | None = Field(default=None, ge=1, le=65535)
+    api_token: SecretStr = Field(
+        default=SecretStr(""), description="Bearer token of the admin API; at least 16 characters."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["json", "console"] = "json"
+
+    def token(self) -> str:
+        """The admin token. Raises Misdeclared when there is none worth the name."""
+        token = self.api_token.get_secret_value()
+        if len(token) < 16:
+            raise Misdeclared(
+                "CAUSEMESH_API_TOKEN must be set to at least 16 characters;"
+                " make one with: python -c 'import secrets; print(secrets.token_urlsafe(24))'"
+            )
+        return token
+
+    def project_file(self, name: str) -> Path:
+        """A file of the project. Raises Misdeclared when there is no project or no such file."""
+        if self.project is None:
+            raise Misdeclared(f"CAUSEMESH_PROJECT must name the folder that holds {name}")
+        path = self.project / name
+        if not path.exists():
+            raise Misdeclared(f"{path} is missing; see examples/flights/{name} for its form")
+        return path

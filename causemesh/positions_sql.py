@@ -76,6 +76,22 @@ class SqlPositionStore:
             row = (await connection.execute(statement.where(table.c.group_name == group))).one()
         return int(row[1]) if row[0] == partitions else None
 
+    async def promised(self, group: str, inbox: str, partitions: int) -> int | None:
+        """The least watermark that an inbox topic's producers promised, microseconds; None until
+        all its partitions have one."""
+        table = checkpoints
+        statement = sa.select(table.c.progress).where(table.c.group_name == group)
+        async with database_errors(), self._engine.connect() as connection:
+            stored = (await connection.execute(statement)).scalars().all()
+        promises = [
+            at_us
+            for progress in stored
+            if progress is not None
+            for topic, _, origin, _, at_us in Checkpoint.parse(progress, None, None).promises
+            if topic == origin == inbox
+        ]
+        return min(promises) if len(promises) == partitions else None
+
 
 class _SqlUnit:
     def __init__(self, connection: AsyncConnection, claim: Claim) -> None:

@@ -1,0 +1,1 @@
+"""The drift service: does a model still see, and still get right, what it was trained on?"""

@@ -1,0 +1,1 @@
+"""The door to the mesh: validates, deduplicates, and says why it refused."""

@@ -1,0 +1,121 @@
+"""What the door refuses, decided on columns. Pure: no I/O and no clock."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+Int64s = npt.NDArray[np.int64]
+UNKNOWN_TENANT = "-"
+
+REASONS = {
+    "oversize": "a value is larger than 1 MiB",
+    "unknown_schema": "the schema id is not at the registry, or its schema is refused",
+    "not_framed": "the value does not start with a zero byte and a schema id",
+    "wrong_record": "the value holds another record than the topic's",
+    "undecodable": "the bytes do not decode with their schema",
+    "missing_tenant": "tenant_id is empty",
+    "missing_id": "event_id is empty",
+    "too_old": "the event is older than the deduplication window",
+    "from_future": "the event's time is ahead of the broker's clock",
+    "not_a_number": "a number is NaN or infinite; leave it null instead",
+    "duplicate": "an event with this id was accepted before",
+}
+"""Every reason on ingest.rejects.v1, for docs/bad-input.md."""
+
+_DECODE_CODES = (
+    ("oversize", "oversize"),
+    ("schema id", "unknown_schema"),
+    ("not framed", "not_framed"),
+    ("a ", "wrong_record"),
+)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The door's bounds, microseconds."""
+
+    window_us: int
+    future_tolerance_us: int
+
+
+def decode_code(detail: str) -> str:
+    """The reason code of a decoder's message."""
+    return next((code for start, code in _DECODE_CODES if detail.startswith(start)), "undecodable")
+
+
+def refusals(frame: pl.DataFrame, now_us: Int64s, appended_us: Int64s, rules: Rules) -> pl.Series:
+    """The reason code of each row, null where the row is good.
+
+    `now_us` is each row's present in event time (the watermark in force, or the append time),
+    `appended_us` the broker's append time; both microseconds. The first reason that holds wins.
+    """
+    occurred = frame["occurred_at"].to_physical().to_numpy()
+    checks = [
+        ("missing_tenant", (frame["tenant_id"].str.strip_chars() == "").to_numpy()),
+        ("missing_id", (frame["event_id"].str.strip_chars() == "").to_numpy()),
+        ("too_old", occurred < now_us - rules.window_us),
+        ("from_future", occurred > appended_us + rules.future_tolerance_us),
+        ("not_a_number", _not_numbers(frame)),
+    ]
+    codes = np.full(frame.height, -1, dtype=np.int64)
+    for number, (_, holds) in reversed(list(enumerate(checks))):
+        codes[holds] = number
+    names = pl.Series([name for name, _ in checks])
+    return names.gather(pl.Series(codes).replace(-1, None)).alias("reason")
+
+
+def _not_numbers(frame: pl.DataFrame) -> npt.NDArray[np.bool_]:
+    wrong = pl.lit(False)
+    for name, kind in frame.schema.items():
+        if kind.is_float():
+            wrong = wrong | ~pl.col(name).is_finite().fill_null(True)
+    if "inputs" in frame.columns:
+        values = pl.element().struct.field("value")
+        wrong = wrong | pl.col("inputs").list.eval(~values.is_finite()).list.any()
+    return frame.select(pl.repeat(False, pl.len()) | wrong).to_series().to_numpy()
+
+
+def id_digests(frame: pl.DataFrame) -> list[bytes]:
+    """The 128-bit BLAKE2b of tenant and event id, one a row."""
+    joined = frame.select(pl.concat_str("tenant_id", "event_id", separator="\x1f")).to_series()
+    return [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in joined.to_list()]
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Rows of one raw batch that the door refused: by raw row, reason code and detail."""
+
+    rows: Mapping[int, tuple[str, str]]
+    claimed: Mapping[int, tuple[str, str]]
+    """Raw row to the (tenant, event id) that the record claims, where it could be read."""
+
+
+def reject_columns(
+    refused: Refused,
+    keys: Sequence[bytes | None],
+    values: Sequence[bytes | None],
+    appended_us: Int64s,
+) -> pl.DataFrame:
+    """The columns of EventRejected, in raw row order."""
+    rows = sorted(refused.rows)
+    nobody = (UNKNOWN_TENANT, None)
+    claims = [refused.claimed.get(row, nobody) for row in rows]
+    return pl.DataFrame(
+        {
+            "tenant_id": pl.Series(
+                [tenant or UNKNOWN_TENANT for tenant, _ in claims], dtype=pl.String
+            ),
+            "occurred_at": pl.Series(appended_us[rows]).cast(pl.Datetime("us", "UTC")),
+            "reason": pl.Series([refused.rows[row][0] for row in rows], dtype=pl.String),
+            "detail": pl.Series([refused.rows[row][1] for row in rows], dtype=pl.String),
+            "claimed_id": pl.Series([claim for _, claim in claims], dtype=pl.String),
+            "original_key": pl.Series([keys[row] for row in rows], dtype=pl.Binary),
+            "original_value": pl.Series([values[row] for row in rows], dtype=pl.Binary),
+        }
+    )

@@ -1,0 +1,95 @@
+"""The ids that were accepted, each with the record that claimed it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from causemesh.sql import database_errors
+
+metadata = sa.MetaData()
+
+event_ids = sa.Table(
+    "event_ids",
+    metadata,
+    sa.Column("digest", sa.LargeBinary, primary_key=True),
+    sa.Column("topic", sa.Text, nullable=False),
+    sa.Column("partition", sa.Integer, nullable=False),
+    sa.Column("position", sa.BigInteger, nullable=False),
+    sa.Column("occurred_us", sa.BigInteger, nullable=False),
+    sa.Index("event_ids_by_age", "topic", "occurred_us"),
+)
+
+_CLAIM = sa.text(
+    """
+    INSERT INTO event_ids (digest, topic, partition, position, occurred_us)
+    SELECT digest, topic, partition, position, occurred_us
+    FROM unnest(CAST(:digests AS bytea[]), CAST(:topics AS text[]), CAST(:partitions AS int[]),
+                CAST(:positions AS bigint[]), CAST(:occurred AS bigint[]))
+         WITH ORDINALITY AS claimed (digest, topic, partition, position, occurred_us, number)
+    ORDER BY digest, number
+    ON CONFLICT DO NOTHING
+    RETURNING topic, partition, position
+    """
+)
+_OWNERS = sa.text(
+    """
+    SELECT digest, topic, partition, position FROM event_ids
+    WHERE digest = ANY(CAST(:digests AS bytea[]))
+    """
+)
+Origin = tuple[str, int, int]
+
+
+@dataclass(frozen=True)
+class IdClaim:
+    """A record that asks for an id: where it lies, and its event time in microseconds."""
+
+    digest: bytes
+    origin: Origin
+    occurred_us: int
+
+
+class IdStore:
+    """Decides once and for good which record owns an id.
+
+    The claim commits before the record is passed on: when the work is repeated after a crash, the
+    same record finds itself as the owner, and another one finds it taken.
+    """
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+
+    async def claim(self, claims: Sequence[IdClaim]) -> set[Origin]:
+        """The origins that own their id, now or from an earlier attempt. Raises Retryable."""
+        if not claims:
+            return set()
+        # Rows go in by digest, so that two workers that claim the same ids can't deadlock.
+        values = {
+            "digests": [claim.digest for claim in claims],
+            "topics": [claim.origin[0] for claim in claims],
+            "partitions": [claim.origin[1] for claim in claims],
+            "positions": [claim.origin[2] for claim in claims],
+            "occurred": [claim.occurred_us for claim in claims],
+        }
+        async with database_errors(), self._engine.begin() as connection:
+            fresh = await connection.execute(_CLAIM, values)
+            owned = {(row.topic, row.partition, row.position) for row in fresh}
+        left = {claim.digest: claim for claim in claims if claim.origin not in owned}
+        if left:
+            async with database_errors(), self._engine.connect() as connection:
+                found = await connection.execute(_OWNERS, {"digests": list(left)})
+                owned |= {(row.topic, row.partition, row.position) for row in found}
+        return owned
+
+    async def forget(self, topic: str, before_us: int) -> int:
+        """Drop ids of events older than `before_us` (event time); returns how many."""
+        columns = event_ids.c
+        statement = sa.delete(event_ids).where(
+            columns.topic == topic, columns.occurred_us < before_us
+        )
+        async with database_errors(), self._engine.begin() as connection:
+            return int((await connection.execute(statement)).rowcount)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -168,6 +168,14 @@ class Catalogue:
             for partition in range(self.topic(source).partitions)
         ]
         return sorted(pairs)
+
+    def with_sources(self, name: str, sources: Sequence[str]) -> Catalogue:
+        """The same catalogue, with the watermarks of `sources` travelling on topic `name`.
+
+        For internal topics whose sources are the users' choice.
+        """
+        changed = replace(self.topic(name), sources=tuple(sources))
+        return replace(self, topics={**self.topics, name: changed})
 
     def _check(self) -> None:
         for topic in self.topics.values():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,11 @@ def _upgrade(connection: Connection, config: Config) -> None:
 
 
 def target(service: str) -> list[sa.MetaData]:
-    """What the database should hold: the kit's tables and the service's."""
-    tables: Any = importlib.import_module(f"services.{service}.store")
+    """What the database should hold: the kit's tables and the service's, if it has a store."""
+    name = f"services.{service}.store"
+    if importlib.util.find_spec(name) is None:
+        return [metadata]
+    tables: Any = importlib.import_module(name)
     return [metadata, tables.metadata]
 
 

@@ -1,5 +1,5 @@
 """The embedded cluster: real servers from package registries, without containers."""
 
-from causemesh.local.cluster import Cluster, Endpoints, ServerStatus
+from causemesh.local.cluster import ALL_SERVERS, Cluster, Endpoints, ServerStatus
 
-__all__ = ["Cluster", "Endpoints", "ServerStatus"]
+__all__ = ["ALL_SERVERS", "Cluster", "Endpoints", "ServerStatus"]

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from causemesh.errors import Misdeclared
+from causemesh.errors import Fatal, Misdeclared
 
 KAFKA = "org.apache.kafka:kafka_2.13:4.1.0"
 REGISTRY = ("io.apicurio", "apicurio-registry-app", "3.3.3")
+TRITON_REQUIREMENTS = Path(__file__).parents[2] / "requirements" / "triton.txt"
+_TRITON_PYTHONS = ((3, 11), (3, 12))  # numpy < 2 has wheels for these
 Progress = Callable[[str, str], None]
 
 
@@ -93,13 +97,52 @@ def _runs(program: Path) -> bool:
     return True
 
 
+def triton_venv(progress: Progress) -> Path:
+    """A virtual environment with the Triton server and what its Python backend runs models with."""
+    if sys.version_info[:2] not in _TRITON_PYTHONS:
+        raise Misdeclared("the embedded Triton needs Python 3.11 or 3.12; run Causemesh on one")
+    if not TRITON_REQUIREMENTS.exists():
+        raise Misdeclared(
+            f"{TRITON_REQUIREMENTS} is missing; the embedded Triton needs a checkout of Causemesh"
+        )
+    # The environment points at its Python and never moves, so both are part of its name.
+    made_of = f"{sys.base_prefix}\n{sys.version}\n{TRITON_REQUIREMENTS.read_text()}"
+    kept = cache() / f"triton-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}"
+    whole = kept / ".whole"
+    with _once(kept, whole) as missing:
+        if missing:
+            progress("triton", "installing Triton")
+            _install_triton(kept)
+            whole.touch()
+    return kept
+
+
+def _install_triton(kept: Path) -> None:
+    shutil.rmtree(kept, ignore_errors=True)
+    _run_install([sys.executable, "-m", "venv", kept])
+    pip: list[str | Path] = [kept / "bin" / "python", "-m", "pip", "install", "--no-deps"]
+    pip += ["--quiet", "--disable-pip-version-check", "--require-hashes"]
+    _run_install([*pip, "-r", TRITON_REQUIREMENTS])
+    # The server looks for the stub of its Python backend beside the backend only.
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    server = kept / "lib" / f"python{version}" / "site-packages" / "pytriton" / "tritonserver"
+    stub = server / "python_backend_stubs" / version / "triton_python_backend_stub"
+    shutil.copy(stub, server / "backends" / "python")
+
+
+def _run_install(argv: list[str | Path]) -> None:
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise Fatal(f"Triton could not be installed:\n{done.stdout}{done.stderr}")
+
+
 @contextmanager
-def _once(kept: Path) -> Iterator[bool]:
-    """Hold a lock while `kept` may have to be made; True when it is missing."""
+def _once(kept: Path, whole: Path | None = None) -> Iterator[bool]:
+    """Hold a lock while `kept` may have to be made; True when it, or its marker, is missing."""
     kept.parent.mkdir(parents=True, exist_ok=True)
     with (kept.parent / f".{kept.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield not kept.exists()
+        yield not (whole or kept).exists()
 
 
 def _fresh(kept: Path) -> Path:

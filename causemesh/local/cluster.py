@@ -13,6 +13,7 @@ from pathlib import Path
 from causemesh.errors import Misdeclared
 from causemesh.local.artefacts import Progress
 from causemesh.local.servers import HOST, Kafka, Postgres, Registry, Server
+from causemesh.local.triton import Triton
 
 _DEFAULT_PORTS = {
     "kafka": 19092,
@@ -20,17 +21,25 @@ _DEFAULT_PORTS = {
     "registry": 18081,
     "registry_management": 18082,
     "postgres": 15432,
+    "triton": 18001,
+    "triton_metrics": 18002,
 }
 SERVERS = ("kafka", "registry", "postgres")
+ALL_SERVERS = (*SERVERS, "triton")
 
 
 @dataclass(frozen=True)
 class Endpoints:
-    """Where the servers answer."""
+    """Where the servers answer, started or not.
+
+    `triton_url` is host and port of its gRPC door; `triton_models` is the folder of its models.
+    """
 
     kafka_bootstrap: str
     registry_url: str
     postgres_url: str
+    triton_url: str
+    triton_models: str
 
     def environment(self) -> dict[str, str]:
         """The settings that point a service at this cluster."""
@@ -56,9 +65,10 @@ class Cluster:
     """The servers under one home folder. `up` and `down` may be called again at any time."""
 
     def __init__(self, home: Path, servers: Sequence[str] = SERVERS) -> None:
-        unknown = set(servers) - set(SERVERS)
+        unknown = set(servers) - set(ALL_SERVERS)
         if unknown:
-            raise Misdeclared(f"unknown servers {sorted(unknown)}; known: {', '.join(SERVERS)}")
+            known = ", ".join(ALL_SERVERS)
+            raise Misdeclared(f"unknown servers {sorted(unknown)}; known: {known}")
         self._home = home.resolve()
         self._home.mkdir(parents=True, exist_ok=True)
         self._ports = self._choose_ports()
@@ -70,6 +80,9 @@ class Cluster:
                 self._home, self._ports["registry"], self._ports["registry_management"]
             ),
             "postgres": lambda: Postgres(self._home, self._ports["postgres"]),
+            "triton": lambda: Triton(
+                self._home, self._ports["triton"], self._ports["triton_metrics"]
+            ),
         }
         self._servers = {name: made[name]() for name in servers}
 
@@ -80,6 +93,8 @@ class Cluster:
             f"{HOST}:{self._ports['kafka']}",
             f"http://{HOST}:{self._ports['registry']}/apis/ccompat/v7",
             f"postgresql+asyncpg://causemesh@{HOST}:{self._ports['postgres']}",
+            f"{HOST}:{self._ports['triton']}",
+            str(Triton.models_under(self._home)),
         )
 
     def up(self, progress: Progress = lambda server, state: None) -> Endpoints:
@@ -92,10 +107,7 @@ class Cluster:
     def down(self) -> None:
         """Stop all servers; their data stays."""
         with ThreadPoolExecutor(len(self._servers)) as pool:
-            stops = [
-                pool.submit(one.process.stop, how=one.stop_signal) for one in self._servers.values()
-            ]
-            for done in stops:
+            for done in [pool.submit(one.stop) for one in self._servers.values()]:
                 done.result()
 
     def kill(self, name: str) -> None:
@@ -120,11 +132,12 @@ class Cluster:
     def _choose_ports(self) -> dict[str, int]:
         """The ports chosen before, else the defaults, else free ones."""
         saved = self._home / "ports.json"
-        if saved.exists():
-            chosen: dict[str, int] = json.loads(saved.read_text())
-            return chosen
-        chosen = {name: _free(port) for name, port in _DEFAULT_PORTS.items()}
-        saved.write_text(json.dumps(chosen))
+        kept: dict[str, int] = json.loads(saved.read_text()) if saved.exists() else {}
+        missing = _DEFAULT_PORTS.keys() - kept.keys()
+        # A home from before a server was added keeps its ports and gets the new one's.
+        chosen = kept | {name: _free(_DEFAULT_PORTS[name]) for name in sorted(missing)}
+        if missing:
+            saved.write_text(json.dumps(chosen))
         return chosen
 
 

@@ -26,13 +26,16 @@ class Server(Protocol):
 
     process: ServerProcess
     port: int
-    stop_signal: signal.Signals
 
     def start(self, progress: Progress) -> None:
         """Fetch, set up and start what is missing; returns when it works."""
 
+    def stop(self) -> None:
+        """Stop it with all its processes; its data stays."""
 
-def _port_open(port: int) -> bool:
+
+def port_open(port: int) -> bool:
+    """Whether something on this machine accepts connections there."""
     with socket.socket() as probe:
         probe.settimeout(0.5)
         return probe.connect_ex((HOST, port)) == 0
@@ -40,8 +43,6 @@ def _port_open(port: int) -> bool:
 
 class Kafka:
     """A one-node Kafka in KRaft mode."""
-
-    stop_signal = signal.SIGTERM
 
     def __init__(self, home: Path, port: int, controller_port: int) -> None:
         self.port = port
@@ -67,7 +68,11 @@ class Kafka:
             self._format(run, settings)
         progress("kafka", "starting")
         self.process.start([*run, "kafka.Kafka", settings])
-        self.process.wait_ready(lambda: _port_open(self.port), 60)
+        self.process.wait_ready(lambda: port_open(self.port), 60)
+
+    def stop(self) -> None:
+        """See `Server.stop`."""
+        self.process.stop()
 
     def _format(self, run: list[str | Path], settings: Path) -> None:
         tool: list[str | Path] = [
@@ -113,8 +118,6 @@ class Kafka:
 class Registry:
     """Apicurio Registry with its Confluent API, stored in an H2 file."""
 
-    stop_signal = signal.SIGTERM
-
     def __init__(self, home: Path, port: int, management_port: int) -> None:
         self.port = port
         data = home / "registry"
@@ -137,6 +140,10 @@ class Registry:
         self.process.start([artefacts.java(), "-Xmx256m", "-jar", folder / "quarkus-run.jar"])
         self.process.wait_ready(self._answers, 90)
 
+    def stop(self) -> None:
+        """See `Server.stop`."""
+        self.process.stop()
+
     def _answers(self) -> bool:
         try:
             answer = httpx.get(f"http://{HOST}:{self.port}/apis/ccompat/v7/subjects", timeout=2)
@@ -147,8 +154,6 @@ class Registry:
 
 class Postgres:
     """Postgres with one database a service; only this machine can connect, without a password."""
-
-    stop_signal = signal.SIGINT  # a fast shutdown: sessions end, data is flushed
 
     def __init__(self, home: Path, port: int) -> None:
         self.port = port
@@ -176,6 +181,11 @@ class Postgres:
         self.process.wait_ready(lambda: self._answers(programs), 30)
         for service in SERVICES:
             self._ensure_database(programs, service)
+
+    def stop(self) -> None:
+        """See `Server.stop`."""
+        # A fast shutdown: sessions end, data is flushed.
+        self.process.stop(how=signal.SIGINT)
 
     def _create(self, programs: Path) -> None:
         shutil.rmtree(self._data, ignore_errors=True)

@@ -53,7 +53,7 @@ class PartitionWorker:
     ) -> None:
         self.stage = stage
         self.partition = partition
-        self._processor = processor
+        self.processor = processor
         self._bus = bus
         self._store = store
         self._catalogue = catalogue
@@ -85,7 +85,7 @@ class PartitionWorker:
         try:
             while not self.stopping:
                 await self._step(claim, reader)
-            if self._uncommitted and self._processor.stateful:
+            if self._uncommitted and self.processor.stateful:
                 async with self._store.unit(claim) as unit:
                     await unit.commit(self._checkpoint())
         finally:
@@ -96,7 +96,7 @@ class PartitionWorker:
         self.positions.update(known)
         self._marks.load(stored.marks)
         self.watermarks.load(stored.promises)
-        self._processor.restore(stored.state)
+        self.processor.restore(stored.state)
 
     async def _step(self, claim: Claim, reader: Reader) -> None:
         raws = await reader.fetch(self._limits.max_records, self._limits.max_wait_s)
@@ -112,9 +112,9 @@ class PartitionWorker:
 
         async def rehearse(batches: Sequence[Batch]) -> None:
             async with self._store.unit(claim) as unit:
-                await self._processor.process(batches, self.watermarks.least(), unit.transaction)
+                await self.processor.process(batches, self.watermarks.least(), unit.transaction)
 
-        await self._faults.contain(self._processor, batches, attempt, rehearse)
+        await self._faults.contain(self.processor, batches, attempt, rehearse)
         if raws:
             report = UnitReport(
                 sum(len(raw) for raw in raws),
@@ -131,7 +131,7 @@ class PartitionWorker:
     ) -> None:
         async with self._store.unit(claim) as unit:
             watermark = self.watermarks.least()
-            emission = await self._processor.process(batches, watermark, unit.transaction)
+            emission = await self.processor.process(batches, watermark, unit.transaction)
             letters = dead_letters(self.stage.service, dead)
             promises = self._due_promises(emission)
             self._dead = sum(len(part) for part in letters)
@@ -145,7 +145,7 @@ class PartitionWorker:
                 self.committed = True
 
     def _commit_is_due(self, *, moved: bool, idle: bool) -> bool:
-        if not self._processor.stateful:
+        if not self.processor.stateful:
             return self._uncommitted > 0 or moved
         return self._uncommitted >= self._limits.commit_every_units or (
             idle and (self._uncommitted > 0 or moved)
@@ -172,5 +172,5 @@ class PartitionWorker:
             self._marks.dump(),
             self.watermarks.dump(),
             None if least == NEVER else least,
-            self._processor.snapshot(),
+            self.processor.snapshot(),
         )

@@ -1,0 +1,88 @@
+"""The admin API of features: views, models, and any entity's vector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter
+
+from causemesh.admin import Problem
+from causemesh.bus.partitioner import partitions_of
+from services.features.domain.definitions import FeatureView
+from services.features.domain.events import SEPARATOR
+from services.features.handlers import Join, Plan
+from services.features.rekeying import view_id
+
+
+@dataclass(frozen=True)
+class _Held:
+    join: Join
+    entity: str
+
+
+def routes(plan: Plan, joins: Callable[[], Mapping[int, Join]], partitions: int) -> APIRouter:
+    """All routes; `joins()` are the processors this instance runs, by partition."""
+    api = APIRouter()
+    views = {view.name: view for view in plan.views}
+
+    @api.get("/views", tags=["views"])
+    async def list_views() -> list[dict[str, Any]]:
+        """Every declared feature view with its features."""
+        return [
+            {
+                "view": view_id(view),
+                "event": view.event_type,
+                "entity": list(view.entity),
+                "scope": view.scope,
+                "placement": view.placement,
+                "features": list(view.feature_names),
+            }
+            for view in plan.views
+        ]
+
+    @api.get("/views/{name}/entities/{entity}", tags=["views"])
+    async def read_vector(name: str, entity: str, tenant_id: str | None = None) -> dict[str, Any]:
+        """An entity's current features; parts of a composite entity are joined by a comma."""
+        view = views.get(name)
+        if view is None:
+            raise Problem(404, "not_found", f"no view {name!r}; known: {sorted(views)}")
+        held = _held(view, entity.split(","), tenant_id, joins(), partitions)
+        state = held.join.state.store.views[name]
+        if held.entity not in state.entities:
+            raise Problem(404, "not_found", f"{name} has seen no event of {entity!r}")
+        as_of_us = state.applied_until_us or 0
+        vector = state.answer([held.entity], np.array([as_of_us]))[0]
+        values = [None if np.isnan(value) else float(value) for value in vector]
+        features = dict(zip(view.feature_names, values, strict=True))
+        return {"view": view_id(view), "entity": entity, "as_of_us": as_of_us, "features": features}
+
+    @api.get("/models", tags=["models"])
+    async def list_models() -> dict[int, Any]:
+        """What each partition of this instance knows of models and their schedules."""
+        return {partition: join.models() for partition, join in joins().items()}
+
+    return api
+
+
+def _held(
+    view: FeatureView,
+    parts: list[str],
+    tenant_id: str | None,
+    joins: Mapping[int, Join],
+    partitions: int,
+) -> _Held:
+    """Where the entity's state is. Raises Problem when another instance holds it."""
+    if len(parts) != len(view.entity):
+        raise Problem(422, "invalid", f"{view.name} is keyed by {', '.join(view.entity)}")
+    if view.scope == "tenant" and tenant_id is None:
+        raise Problem(422, "invalid", f"{view.name} has a state for each tenant: give tenant_id")
+    whole = [*([str(tenant_id)] if view.scope == "tenant" else []), *parts]
+    escaped = [part.replace("\x1e", "\x1e0").replace(SEPARATOR, "\x1e1") for part in whole[:-1]]
+    number = int(partitions_of([parts[0].encode()], partitions, unkeyed=0)[0])
+    owner = next(iter(joins), number) if view.placement == "broadcast" else number
+    if owner not in joins:
+        raise Problem(421, "held_elsewhere", f"partition {number} is held by another instance")
+    return _Held(joins[owner], SEPARATOR.join([*escaped, whole[-1]]))

@@ -1,0 +1,70 @@
+"""The composition root of features: `python -m services.features.app`."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import yaml
+
+from causemesh.runner import Limits, Stage
+from causemesh.service import open_service, run_process
+from services.features.api import routes
+from services.features.domain.parsing import parse_views
+from services.features.handlers import (
+    REQUESTS,
+    ROLLOUTS,
+    VECTORS,
+    VERSIONS,
+    Join,
+    Plan,
+    Rekey,
+    source_numbers,
+    tasks_topic,
+)
+from services.features.rekeying import INPUTS
+from services.features.settings import FeatureSettings
+
+LANES = ("realtime",)
+
+
+async def main() -> None:
+    """Wire and serve."""
+    settings = FeatureSettings()
+    document = yaml.safe_load(settings.project_file("features.yaml").read_text())
+    plan = Plan.of(parse_views(document))
+    async with open_service("features", settings) as service:
+        catalogue = service.catalogue = service.catalogue.with_sources(INPUTS, plan.rekeyed)
+        if plan.rekeyed:
+            service.runner(
+                Stage("features", "features-rekey", plan.rekeyed, (INPUTS,)),
+                lambda _: Rekey(plan.views, source_numbers(catalogue)),
+                Limits(max_records=10_000),
+            )
+        stage = Stage(
+            "features",
+            "features",
+            (REQUESTS, *([INPUTS] if plan.rekeyed else []), *plan.shared),
+            (*map(tasks_topic, LANES), VECTORS),
+            (*plan.broadcast, VERSIONS, ROLLOUTS),
+        )
+        runner = service.runner(
+            stage,
+            lambda partition: Join(
+                plan,
+                catalogue,
+                partition,
+                slice_us=round(settings.slice_seconds * 1e6),
+                clock=service.clock,
+                publish_seconds=settings.publish_seconds if settings.publish_vectors else None,
+            ),
+            Limits(max_records=10_000, commit_every_units=settings.commit_every_units),
+        )
+
+        def joins() -> dict[int, Join]:
+            return {number: cast(Join, one.processor) for number, one in runner.workers.items()}
+
+        await service.serve([routes(plan, joins, catalogue.topic(REQUESTS).partitions)])
+
+
+if __name__ == "__main__":
+    run_process(main)

@@ -1,0 +1,204 @@
+"""Which model version answers a request, and what its vector is made of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from services.features.domain.events import Ints
+
+INPUT = "input."
+UNRESOLVED = ""
+"""The signature of requests that no version answers: an empty vector."""
+
+
+@dataclass(frozen=True)
+class Signature:
+    """A version's vector: `features` in order, `required` ones must not be missing."""
+
+    model: str
+    version: int
+    lane: str
+    features: tuple[str, ...]
+    required: tuple[str, ...]
+    sequence: int
+
+    @property
+    def name(self) -> str:
+        """model@version."""
+        return f"{self.model}@{self.version}"
+
+    @property
+    def view_features(self) -> tuple[str, ...]:
+        """The columns that come from feature views."""
+        return tuple(name for name in self.features if not name.startswith(INPUT))
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of the columns that come with the request."""
+        return tuple(name.removeprefix(INPUT) for name in self.features if name.startswith(INPUT))
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """The schedule of a model: `versions[i]` answers from `effective_us[i]` (event time) on."""
+
+    versions: tuple[int, ...]
+    effective_us: tuple[int, ...]
+    sequence: int
+
+
+class ModelBook:
+    """The versions and schedules known to one partition; part of its checkpoint."""
+
+    def __init__(self, known_features: Collection[str]) -> None:
+        self._known_features = frozenset(known_features)
+        self.signatures: dict[str, Signature] = {}
+        self.rollouts: dict[str, Rollout] = {}
+        self.broken: dict[str, str] = {}
+        """Why a version can't be served here, by signature."""
+
+    def add_versions(self, rows: Iterable[Mapping[str, Any]]) -> list[Signature]:
+        """Take ModelVersionRegistered rows; returns the signatures to serve that are new.
+
+        A version never changes its features, so what is known stays.
+        """
+        fresh = []
+        for row in rows:
+            signature = Signature(
+                row["model"],
+                row["version"],
+                row["lane"],
+                tuple(row["features"]),
+                tuple(row["required"]),
+                row["sequence"],
+            )
+            if signature.name in self.signatures:
+                continue
+            self.signatures[signature.name] = signature
+            unknown = sorted(set(signature.view_features) - self._known_features)
+            if unknown:
+                self.broken[signature.name] = f"unknown_feature: {', '.join(unknown)}"
+            else:
+                fresh.append(signature)
+        return fresh
+
+    def add_rollouts(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Take ModelRolledOut rows (effective_at as microseconds); the highest sequence wins."""
+        for row in rows:
+            known = self.rollouts.get(row["model"])
+            if known is None or known.sequence < row["sequence"]:
+                entries = sorted(row["schedule"], key=lambda entry: int(entry["effective_at"]))
+                self.rollouts[row["model"]] = Rollout(
+                    tuple(int(entry["version"]) for entry in entries),
+                    tuple(int(entry["effective_at"]) for entry in entries),
+                    row["sequence"],
+                )
+
+    def resolve(self, requests: pl.DataFrame) -> pl.DataFrame:
+        """Columns version, signature and failure for each request.
+
+        `requests` has model, version (null: the champion at occurred_at_us) and occurred_at_us.
+        """
+        chosen = np.zeros(requests.height, dtype=np.int64)
+        pinned = requests["version"]
+        occurred = requests["occurred_at_us"].to_numpy()
+        for model in requests["model"].unique().to_list():
+            at = np.flatnonzero((requests["model"] == model).to_numpy())
+            chosen[at] = self._champions(model, occurred[at])
+        versions = pl.Series("version", chosen).cast(pl.Int32)
+        versions = pinned.cast(pl.Int32).zip_with(pinned.is_not_null(), versions)
+        names = requests.select(
+            pl.concat_str(pl.col("model"), pl.lit("@"), versions.cast(pl.String))
+        ).to_series()
+        served = names.is_in([name for name in self.signatures if name not in self.broken])
+        reasons = names.replace_strict(self.broken, default=None, return_dtype=pl.String)
+        unknown = pl.concat_str(pl.lit("unknown_model: no version "), pl.col("name"))
+        frame = pl.DataFrame(
+            {"version": versions, "name": names, "served": served, "reason": reasons}
+        )
+        return frame.select(
+            "version",
+            pl.when("served").then("name").otherwise(pl.lit(UNRESOLVED)).alias("signature"),
+            pl.when("served")
+            .then(pl.lit(None, dtype=pl.String))
+            .otherwise(pl.coalesce("reason", unknown))
+            .alias("failure"),
+        )
+
+    def _champions(self, model: str, occurred_us: Ints) -> Ints:
+        """The scheduled version at each time; 0 where there is none."""
+        rollout = self.rollouts.get(model)
+        if rollout is None:
+            return np.zeros(len(occurred_us), dtype=np.int64)
+        at = np.searchsorted(np.array(rollout.effective_us), occurred_us, side="right")
+        return np.array((0, *rollout.versions), dtype=np.int64)[at]
+
+    def dump(self) -> bytes:
+        """All of it as JSON."""
+        return json.dumps(
+            {
+                "signatures": [asdict(one) for one in self.signatures.values()],
+                "rollouts": {name: asdict(one) for name, one in self.rollouts.items()},
+            }
+        ).encode()
+
+    def load(self, saved: bytes) -> None:
+        """Take over what `dump` wrote."""
+        document = json.loads(saved)
+        self.signatures, self.rollouts, self.broken = {}, {}, {}
+        self.add_versions(document["signatures"])
+        for name, one in document["rollouts"].items():
+            self.rollouts[name] = Rollout(
+                tuple(one["versions"]), tuple(one["effective_us"]), one["sequence"]
+            )
+
+
+def named_values(
+    column: pl.Series, names: Sequence[str], dtype: pl.DataType | type[pl.DataType]
+) -> pl.DataFrame:
+    """A list of {name, value} as one column for each of `names`, null where it is not given."""
+    pairs = (
+        pl.DataFrame({"row": np.arange(len(column)), "pair": column})
+        .explode("pair")
+        .drop_nulls("pair")
+        .unnest("pair")
+    )
+    columns = []
+    for name in names:
+        mine = pairs.filter(pl.col("name") == name)
+        values = pl.repeat(None, len(column), dtype=dtype, eager=True).alias(name)
+        if mine.height:
+            values = values.scatter(mine["row"].to_list(), mine["value"].to_list())
+        columns.append(values.alias(name))
+    return pl.DataFrame(columns)
+
+
+def full_vectors(
+    signature: Signature, view_part: Sequence[bytes], input_part: Sequence[bytes]
+) -> tuple[list[bytes], list[str | None]]:
+    """Vectors in the signature's order from their two parts, and what required column is missing.
+
+    Both parts are float32 little-endian in the order of `view_features` and `inputs`.
+    """
+    count = len(view_part)
+    views = _matrix(view_part, len(signature.view_features))
+    inputs = _matrix(input_part, len(signature.inputs))
+    is_input = np.array([name.startswith(INPUT) for name in signature.features], dtype=bool)
+    whole = np.empty((count, len(signature.features)), dtype="<f4")
+    whole[:, ~is_input] = views
+    whole[:, is_input] = inputs
+    failures: list[str | None] = [None] * count
+    for name in reversed(signature.required):
+        for row in np.flatnonzero(np.isnan(whole[:, signature.features.index(name)])).tolist():
+            failures[row] = f"missing_feature: {name}"
+    return [row.tobytes() for row in whole], failures
+
+
+def _matrix(rows: Sequence[bytes], width: int) -> np.ndarray[Any, Any]:
+    return np.frombuffer(b"".join(rows), dtype="<f4").reshape(len(rows), width)

@@ -1,0 +1,341 @@
+"""The two processors of features: re-keying events, and joining vectors into requests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import polars as pl
+
+from causemesh.catalogue import Catalogue
+from causemesh.clock import Clock
+from causemesh.errors import Poison
+from causemesh.runner import Batch, Emission, Outgoing
+from services.features.domain.definitions import FeatureView
+from services.features.domain.events import ViewEvents, read_events
+from services.features.domain.models import (
+    UNRESOLVED,
+    ModelBook,
+    Signature,
+    full_vectors,
+    named_values,
+)
+from services.features.domain.snapshots import pack, unpack_blobs
+from services.features.domain.state import PartitionState
+from services.features.publishing import VectorPublisher
+from services.features.rekeying import INPUTS, inputs_of, unpacked, view_id
+
+REQUESTS = "inference.requests.v1"
+VERSIONS = "models.versions.v1"
+ROLLOUTS = "models.rollouts.v1"
+VECTORS = "features.vectors.v1"
+_EVICT_UNITS = 50
+
+
+def tasks_topic(lane: str) -> str:
+    """The topic of a lane's tasks."""
+    return f"inference.tasks.{lane}.v1"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is read how, decided by the views."""
+
+    views: tuple[FeatureView, ...]
+    rekeyed: tuple[str, ...]
+    """Event topics that the re-keying stage reads."""
+    shared: tuple[str, ...]
+    broadcast: tuple[str, ...]
+    """Event topics of the joining stage: its own partition of them, or all."""
+
+    @classmethod
+    def of(cls, views: Sequence[FeatureView]) -> Plan:
+        """Broadcast wins where an event serves both a broadcast and a partitioned view."""
+        by: dict[str, set[str]] = {"rekeyed": set(), "partitioned": set(), "broadcast": set()}
+        for view in views:
+            by[view.placement].add(f"events.{view.event_type}")
+        return cls(
+            tuple(views),
+            tuple(sorted(by["rekeyed"])),
+            tuple(sorted(by["partitioned"] - by["broadcast"])),
+            tuple(sorted(by["broadcast"])),
+        )
+
+
+def source_numbers(catalogue: Catalogue) -> Callable[[str, int], int]:
+    """Numbers for (topic, partition) that are equal in every process: they break ties."""
+    order = {name: number for number, name in enumerate(sorted(catalogue.topics))}
+    return lambda topic, partition: order[topic] * 10_000 + partition
+
+
+def event_frame(batch: Batch, source: int) -> pl.DataFrame:
+    """A batch of events as the engine reads it."""
+    return batch.frame.with_columns(
+        pl.col("occurred_at").to_physical().alias("occurred_at_us"),
+        pl.lit(source, dtype=pl.Int64).alias("source"),
+        pl.Series("position", batch.positions),
+    )
+
+
+class Rekey:
+    """Feeds views that are keyed by another entity than their event."""
+
+    takes_bad_rows = False
+    stateful = False
+
+    def __init__(self, views: Sequence[FeatureView], source_number: Callable[[str, int], int]):
+        self._views = [view for view in views if view.placement == "rekeyed"]
+        self._source_number = source_number
+
+    async def process(
+        self, batches: Sequence[Batch], watermark_us: int, transaction: Any
+    ) -> Emission:
+        """See `Processor.process`."""
+        return Emission([self._one(number, batch) for number, batch in enumerate(batches)])
+
+    def _one(self, number: int, batch: Batch) -> Outgoing:
+        frame = event_frame(batch, self._source_number(batch.topic, batch.partition))
+        views = [view for view in self._views if f"events.{view.event_type}" == batch.topic]
+        return inputs_of(batch, _read(views, frame, number))
+
+    def snapshot(self) -> bytes | None:
+        """No state."""
+        return None
+
+    def restore(self, state: bytes | None) -> None:
+        """No state."""
+
+
+def _read(
+    views: Sequence[FeatureView], frame: pl.DataFrame, number: int
+) -> list[tuple[FeatureView, ViewEvents]]:
+    """What each view sees. Raises Poison for rows of batch `number` that one can't take."""
+    found: list[tuple[FeatureView, ViewEvents]] = []
+    bad: dict[int, str] = {}
+    for view in views:
+        try:
+            found.append((view, read_events(view, frame)))
+        except Poison as poison:
+            bad = {**poison.rows, **bad}
+    if bad:
+        raise Poison(bad, batch=number)
+    return found
+
+
+Role = Literal["event", "input", "request", "version", "rollout"]
+
+
+class Join:
+    """Joins the vector into each request of one partition."""
+
+    takes_bad_rows = False
+    stateful = True
+
+    def __init__(
+        self,
+        plan: Plan,
+        catalogue: Catalogue,
+        partition: int,
+        *,
+        slice_us: int,
+        clock: Clock,
+        publish_seconds: float | None,
+    ) -> None:
+        self._plan = plan
+        self.partition = partition
+        self._slice_us = slice_us
+        self._source_number = source_numbers(catalogue)
+        self._partitions = catalogue.topic(REQUESTS).partitions
+        self._by_id = {view_id(view): view for view in plan.views}
+        self._clock = clock
+        self._publish_seconds = publish_seconds
+        self._units = 0
+        self._entities = sorted({name for view in plan.views for name in view.request_entity})
+        self.restore(None)
+
+    def restore(self, state: bytes | None) -> None:
+        """See `Processor.restore`; after a restart every vector of the partition is published."""
+        self.state = PartitionState(self._plan.views, slice_us=self._slice_us)
+        self.state.declare(UNRESOLVED, ())
+        self.book = ModelBook(self.state.store.feature_names)
+        self._publisher = VectorPublisher(
+            self.state.store, self.partition, self._partitions, self._clock, self._publish_seconds
+        )
+        if state is not None:
+            blobs = unpack_blobs(state, "features")
+            self.book.load(blobs["models"])
+            for signature in self.book.signatures.values():
+                if signature.name not in self.book.broken:
+                    self.state.declare(signature.name, signature.view_features)
+            self.state.restore(blobs["state"])
+            self._publisher.publish_all()
+
+    def snapshot(self) -> bytes | None:
+        """See `Processor.snapshot`."""
+        blobs = {"models": self.book.dump(), "state": self.state.snapshot()}
+        return pack({"kind": "features"}, {}, blobs)
+
+    async def process(
+        self, batches: Sequence[Batch], watermark_us: int, transaction: Any
+    ) -> Emission:
+        """See `Processor.process`: everything is read, and may be refused, before any is taken."""
+        read = [
+            (batch, self._read(number, batch))
+            for number, batch in enumerate(batches)
+            if batch.topic not in (REQUESTS, VERSIONS, ROLLOUTS)
+        ]
+        for batch in batches:
+            self._learn(batch)
+        for batch, events in read:
+            for view, found in events:
+                self.state.add_view_events(view.name, found)
+            self._publisher.heard(batch)
+        for batch in batches:
+            if batch.topic == REQUESTS:
+                self.state.add_requests(self._requests(batch))
+        advanced = self.state.advance(watermark_us)
+        self._evict_sometimes()
+        self._publisher.touch(advanced.touched)
+        outgoing = [*self._tasks(), *self._publisher.due(watermark_us)]
+        floor = self.state.unemitted_floor_us()
+        promise = watermark_us if floor is None else min(watermark_us, floor)
+        return Emission(outgoing, {REQUESTS: promise})
+
+    def _read(self, number: int, batch: Batch) -> list[tuple[FeatureView, ViewEvents]]:
+        if batch.topic == INPUTS:
+            return self._inputs(batch)
+        frame = event_frame(batch, self._source_number(batch.topic, batch.partition))
+        views = [
+            view
+            for view in self._plan.views
+            if f"events.{view.event_type}" == batch.topic
+            and (
+                view.placement == "broadcast"
+                or (view.placement == "partitioned" and batch.partition == self.partition)
+            )
+        ]
+        return _read(views, frame, number)
+
+    def _inputs(self, batch: Batch) -> list[tuple[FeatureView, ViewEvents]]:
+        """View inputs by view and by the event topic they came from, which breaks ties."""
+        found = []
+        causes = batch.frame["cause"].struct
+        frame = batch.frame.with_columns(
+            causes.field("topic").alias("from"), causes.field("partition").alias("number")
+        )
+        for (name, topic, number), part in frame.group_by(
+            "view", "from", "number", maintain_order=True
+        ):
+            view = self._by_id.get(str(name))
+            if view is not None:  # inputs of a view that is no longer declared
+                source = self._source_number(str(topic), int(str(number)))
+                found.append((view, unpacked(view, part, source)))
+        return found
+
+    def _learn(self, batch: Batch) -> None:
+        if batch.topic == VERSIONS:
+            for signature in self.book.add_versions(batch.frame.to_dicts()):
+                self.state.declare(signature.name, signature.view_features)
+        elif batch.topic == ROLLOUTS:
+            instants = pl.col("schedule").list.eval(
+                pl.struct(
+                    pl.element().struct.field("version"),
+                    pl.element().struct.field("effective_at").to_physical(),
+                )
+            )
+            self.book.add_rollouts(batch.frame.with_columns(instants).to_dicts())
+
+    def _requests(self, batch: Batch) -> pl.DataFrame:
+        """Requests as the aligner takes them, resolved to a version, their inputs packed."""
+        frame = batch.frame.select(
+            pl.col("event_id").alias("request_id"),
+            "tenant_id",
+            pl.col("occurred_at").to_physical().alias("occurred_at_us"),
+            "model",
+            "version",
+            "mode",
+            pl.col("expires_at").to_physical().alias("expires_us"),
+            pl.lit(self._source_number(batch.topic, batch.partition)).alias("source"),
+            pl.Series("position", batch.positions),
+            pl.Series("key", [batch.raw.keys[row] for row in batch.rows], dtype=pl.Binary),
+        )
+        frame = frame.with_columns(self.book.resolve(frame).get_columns())
+        entities = named_values(batch.frame["entities"], self._entities, pl.String)
+        packed = self._packed_inputs(frame["signature"], batch.frame["inputs"])
+        return pl.concat([frame, entities, pl.DataFrame({"inputs": packed})], how="horizontal")
+
+    def _packed_inputs(self, signatures: pl.Series, inputs: pl.Series) -> pl.Series:
+        packed = np.full(len(signatures), b"", dtype=object)
+        for name in signatures.unique().to_list():
+            if name == UNRESOLVED:
+                continue
+            at = np.flatnonzero((signatures == name).to_numpy())
+            wanted = self.book.signatures[name].inputs
+            values = named_values(inputs.gather(at), wanted, pl.Float64)
+            matrix = values.cast(pl.Float32).fill_null(float("nan")).to_numpy()
+            rows = np.ascontiguousarray(matrix.reshape(len(at), len(wanted)), dtype="<f4")
+            packed[at] = [row.tobytes() for row in rows]
+        return pl.Series("inputs", packed.tolist(), dtype=pl.Binary)
+
+    def _tasks(self) -> list[Outgoing]:
+        ready = self.state.ready()
+        if ready is None:
+            return []
+        lanes = ready["signature"].replace_strict(
+            {name: one.lane for name, one in self.book.signatures.items()},
+            default="realtime",
+            return_dtype=pl.String,
+        )
+        return [self._lane_tasks(lane, ready.filter(lanes == lane)) for lane in sorted(set(lanes))]
+
+    def _lane_tasks(self, lane: str, ready: pl.DataFrame) -> Outgoing:
+        vectors = np.full(ready.height, b"", dtype=object)
+        failures = np.array(ready["failure"].to_list(), dtype=object)
+        for name in ready["signature"].unique().to_list():
+            if name == UNRESOLVED:
+                continue
+            at = np.flatnonzero((ready["signature"] == name).to_numpy())
+            part = ready[at]
+            vectors[at], missing = _completed(self.book.signatures[name], part)
+            failures[at] = missing
+        frame = pl.DataFrame(
+            {
+                "tenant_id": ready["tenant_id"],
+                "occurred_at": ready["occurred_at_us"].cast(pl.Datetime("us", "UTC")),
+                "request_id": ready["request_id"],
+                "model": ready["model"],
+                "version": ready["version"],
+                "vector": pl.Series(vectors.tolist(), dtype=pl.Binary),
+                "features_as_of": ready["as_of_us"].cast(pl.Datetime("us", "UTC")),
+                "failure": pl.Series(failures.tolist(), dtype=pl.String),
+                "expires_at": ready["expires_us"].cast(pl.Datetime("us", "UTC")),
+            }
+        )
+        positions = ready["position"].to_numpy()
+        return Outgoing(
+            tasks_topic(lane), frame, ready["key"].to_list(), REQUESTS, self.partition, positions
+        )
+
+    def _evict_sometimes(self) -> None:
+        self._units += 1
+        if self._units % _EVICT_UNITS == 0:
+            self.state.evict()
+
+    def models(self) -> Mapping[str, Any]:
+        """What this partition knows of models, for the API."""
+        return {
+            "versions": sorted(self.book.signatures),
+            "broken": dict(self.book.broken),
+            "schedules": {name: one.sequence for name, one in self.book.rollouts.items()},
+        }
+
+
+def _completed(
+    signature: Signature, part: pl.DataFrame
+) -> tuple[np.ndarray[Any, Any], list[str | None]]:
+    vectors, missing = full_vectors(signature, part["vector"].to_list(), part["inputs"].to_list())
+    whole = np.empty(len(vectors), dtype=object)
+    whole[:] = vectors
+    return whole, missing

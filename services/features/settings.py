@@ -1,0 +1,24 @@
+"""Settings of features, beside the common ones."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from causemesh.settings import ServiceSettings
+
+
+class FeatureSettings(ServiceSettings):
+    """See the fields; read from CAUSEMESH_*."""
+
+    slice_seconds: float = Field(
+        default=60.0, gt=0, description="A replay request sees the events before its slice."
+    )
+    commit_every_units: int = Field(
+        default=20, ge=1, description="Units of work between two checkpoints under load."
+    )
+    publish_vectors: bool = Field(
+        default=True, description="Whether features.vectors.v1 is written."
+    )
+    publish_seconds: float = Field(
+        default=1.0, ge=0, description="An entity's vector is published at most so often."
+    )

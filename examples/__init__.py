@@ -1,0 +1,1 @@
+"""Mesh projects to start from."""

@@ -1,0 +1,118 @@
+"""From task batches to outcomes: one batched model call for many requests."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+from prometheus_client import Counter
+
+from causemesh.clock import Clock
+from causemesh.runner import Batch, Emission, Outgoing
+from services.inference.deployments import Deployments
+from services.inference.domain import ModelVersion, Outcomes, groups, matrix
+from services.inference.gateways import ModelError, ModelServer, NotLoaded
+
+PREDICTIONS = "inference.predictions.v1"
+Rows = npt.NDArray[np.int64]
+
+
+class Predict:
+    """The processor of one lane's tasks."""
+
+    takes_bad_rows = False
+    stateful = False
+
+    def __init__(
+        self,
+        lane: str,
+        deployments: Deployments,
+        server: ModelServer,
+        clock: Clock,
+        *,
+        max_batch: int,
+        calls_in_flight: int,
+        outcomes: Counter | None = None,
+    ) -> None:
+        self._lane = lane
+        self._deployments = deployments
+        self._server = server
+        self._clock = clock
+        self._max_batch = max_batch
+        self._calls = asyncio.Semaphore(calls_in_flight)
+        self._outcomes = outcomes
+
+    async def process(
+        self, batches: Sequence[Batch], watermark_us: int, transaction: Any
+    ) -> Emission:
+        """See `Processor.process`."""
+        return Emission([await self._one(batch) for batch in batches])
+
+    async def _one(self, batch: Batch) -> Outgoing:
+        tasks = batch.frame
+        made = Outcomes.of(tasks, self._clock.now_us())
+        async with asyncio.TaskGroup() as calls:
+            for model, version, rows in groups(tasks, np.flatnonzero(made.open), self._max_batch):
+                calls.create_task(self._call(tasks, made, model, version, rows))
+        frame = made.frame(tasks, self._lane, self._clock.now_us())
+        self._count(frame)
+        keys: list[bytes | None] = [name.encode() for name in frame["request_id"].to_list()]
+        return Outgoing(PREDICTIONS, frame, keys, batch.topic, batch.partition, batch.positions)
+
+    async def _call(
+        self, tasks: pl.DataFrame, made: Outcomes, model: str, version: int, rows: Rows
+    ) -> None:
+        try:
+            found = await self._deployments.ensure(model, version)
+        except ModelError as error:
+            made.fail(rows, f"model_error: {error}")
+            return
+        if found is None:
+            made.fail(rows, f"unknown_model: no version {model}@{version}")
+            return
+        sizes = tasks["vector"].bin.size().to_numpy()[rows]
+        fits = sizes == 4 * len(found.features)
+        made.fail(rows[~fits], f"bad_vector: the model takes {len(found.features)} columns")
+        await self._score(tasks["vector"], made, found, rows[fits])
+
+    async def _score(
+        self, vectors: pl.Series, made: Outcomes, version: ModelVersion, rows: Rows
+    ) -> None:
+        """Score rows in one call; when the model refuses them, halve until the bad ones stand
+        alone."""
+        if not len(rows):
+            return
+        inputs = matrix(vectors.gather(rows).to_list(), len(version.features))
+        began = self._clock.monotonic()
+        try:
+            async with self._calls:
+                scores = await self._server.infer(version.deployment, inputs)
+        except NotLoaded:
+            self._deployments.forget(version.model, version.version)
+            raise
+        except ModelError as error:
+            if len(rows) == 1:
+                made.fail(rows, f"model_error: {error}")
+                return
+            middle = len(rows) // 2
+            await self._score(vectors, made, version, rows[:middle])
+            await self._score(vectors, made, version, rows[middle:])
+            return
+        made.predict(rows, scores, (self._clock.monotonic() - began) * 1000 / len(rows))
+
+    def _count(self, frame: pl.DataFrame) -> None:
+        if self._outcomes is None:
+            return
+        for outcome, count in frame["outcome"].value_counts().iter_rows():
+            self._outcomes.labels("prediction", outcome).inc(count)
+
+    def snapshot(self) -> bytes | None:
+        """No state."""
+        return None
+
+    def restore(self, state: bytes | None) -> None:
+        """No state."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import socket
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +10,7 @@ from pathlib import Path
 
 from causemesh.errors import Misdeclared
 from causemesh.local.artefacts import Progress
+from causemesh.local.ports import choose_ports
 from causemesh.local.servers import HOST, Kafka, Postgres, Registry, Server
 from causemesh.local.triton import Triton
 
@@ -71,7 +70,7 @@ class Cluster:
             raise Misdeclared(f"unknown servers {sorted(unknown)}; known: {known}")
         self._home = home.resolve()
         self._home.mkdir(parents=True, exist_ok=True)
-        self._ports = self._choose_ports()
+        self._ports = choose_ports(self._home / "ports.json", _DEFAULT_PORTS)
         made: dict[str, Callable[[], Server]] = {
             "kafka": lambda: Kafka(
                 self._home, self._ports["kafka"], self._ports["kafka_controller"]
@@ -128,23 +127,3 @@ class Cluster:
             return ServerStatus(name, None, server.port, 0, 0.0)
         uptime = time.time() - process.create_time()
         return ServerStatus(name, process.pid, server.port, process.memory_info().rss, uptime)
-
-    def _choose_ports(self) -> dict[str, int]:
-        """The ports chosen before, else the defaults, else free ones."""
-        saved = self._home / "ports.json"
-        kept: dict[str, int] = json.loads(saved.read_text()) if saved.exists() else {}
-        missing = _DEFAULT_PORTS.keys() - kept.keys()
-        # A home from before a server was added keeps its ports and gets the new one's.
-        chosen = kept | {name: _free(_DEFAULT_PORTS[name]) for name in sorted(missing)}
-        if missing:
-            saved.write_text(json.dumps(chosen))
-        return chosen
-
-
-def _free(port: int) -> int:
-    with socket.socket() as probe:
-        try:
-            probe.bind((HOST, port))
-        except OSError:
-            probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])

@@ -33,7 +33,7 @@ lint: $(STAMP) ## Style
 	$(BIN)/ruff format --check .
 
 types: $(STAMP) ## Static types
-	$(BIN)/mypy causemesh services
+	$(BIN)/mypy causemesh services examples
 
 imports: $(STAMP) ## Who may import whom
 	$(BIN)/lint-imports

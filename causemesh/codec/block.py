@@ -34,7 +34,7 @@ class BlockReader:
             "type": {"type": "fixed", "name": f"{_GUARD}_t", "size": _GUARD_BYTES},
         }
         fields = [*writer["fields"], guard] if guarded else writer["fields"]
-        self._header = _container_header({**writer, "fields": fields})
+        self._header = _container_header(_without_defaults({**writer, "fields": fields}))
 
     def read(self, bodies: Sequence[bytes]) -> tuple[pl.DataFrame, int] | None:
         """The leading good rows and their number, or None when the block as a whole raises.
@@ -81,6 +81,21 @@ def _varint(number: int) -> bytes:
         left >>= 7
     encoded.append(left)
     return bytes(encoded)
+
+
+def _without_defaults(avro: Any) -> Any:
+    """A schema without its defaults: a writer's play no part in reading, and polars refuses most."""
+    if isinstance(avro, list):
+        return [_without_defaults(branch) for branch in avro]
+    if not isinstance(avro, dict):
+        return avro
+    bare = {key: value for key, value in avro.items() if key != "default"}
+    for key in ("type", "items"):
+        if key in bare:
+            bare[key] = _without_defaults(bare[key])
+    if "fields" in bare:
+        bare["fields"] = [_without_defaults(field) for field in bare["fields"]]
+    return bare
 
 
 def _container_header(schema: Mapping[str, Any]) -> bytes:

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 from fastapi import APIRouter
+from pydantic import BaseModel
 
 from causemesh.admin import Problem
 from causemesh.bus.partitioner import partitions_of
 from services.features.domain.definitions import FeatureView
 from services.features.domain.events import SEPARATOR
+from services.features.explaining import Asked, Explainer
 from services.features.handlers import Join, Plan
 from services.features.rekeying import view_id
+
+
+class ExplainAsk(BaseModel):
+    """Whose features, and as of when."""
+
+    tenant_id: str
+    entities: dict[str, str | None]
+    features: list[str]
+    as_of: datetime
 
 
 @dataclass(frozen=True)
@@ -23,7 +35,9 @@ class _Held:
     entity: str
 
 
-def routes(plan: Plan, joins: Callable[[], Mapping[int, Join]], partitions: int) -> APIRouter:
+def routes(
+    plan: Plan, joins: Callable[[], Mapping[int, Join]], partitions: int, explainer: Explainer
+) -> APIRouter:
     """All routes; `joins()` are the processors this instance runs, by partition."""
     api = APIRouter()
     views = {view.name: view for view in plan.views}
@@ -63,6 +77,15 @@ def routes(plan: Plan, joins: Callable[[], Mapping[int, Join]], partitions: int)
     async def list_models() -> dict[int, Any]:
         """What each partition of this instance knows of models and their schedules."""
         return {partition: join.models() for partition, join in joins().items()}
+
+    @api.post("/explain", tags=["views"])
+    async def explain(ask: ExplainAsk) -> dict[str, Any]:
+        """Features recomputed from the log, and the raw events behind them, by view."""
+        aware = ask.as_of if ask.as_of.tzinfo else ask.as_of.replace(tzinfo=UTC)
+        as_of_us = round(aware.timestamp() * 1_000_000)
+        asked = Asked(ask.tenant_id, ask.entities, ask.features, as_of_us)
+        found = await explainer.explain(asked)
+        return {"features": found.values, "events": found.events}
 
     return api
 

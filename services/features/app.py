@@ -6,10 +6,12 @@ from typing import cast
 
 import yaml
 
+from causemesh.log import LogReader
 from causemesh.runner import Limits, Stage
 from causemesh.service import open_service, run_process
 from services.features.api import routes
 from services.features.domain.parsing import parse_views
+from services.features.explaining import Explainer
 from services.features.handlers import (
     REQUESTS,
     ROLLOUTS,
@@ -63,7 +65,10 @@ async def main() -> None:
         def joins() -> dict[int, Join]:
             return {number: cast(Join, one.processor) for number, one in runner.workers.items()}
 
-        await service.serve([routes(plan, joins, catalogue.topic(REQUESTS).partitions)])
+        log = LogReader(service.bus, catalogue, service.decoder)
+        explainer = Explainer(log, plan.views, source_numbers(catalogue))
+        partitions = catalogue.topic(REQUESTS).partitions
+        await service.serve([routes(plan, joins, partitions, explainer)])
 
 
 if __name__ == "__main__":

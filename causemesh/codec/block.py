@@ -84,7 +84,7 @@ def _varint(number: int) -> bytes:
 
 
 def _without_defaults(avro: Any) -> Any:
-    """A schema without its defaults: a writer's play no part in reading, and polars refuses most."""
+    """A schema without its defaults: they play no part in reading, and polars refuses most."""
     if isinstance(avro, list):
         return [_without_defaults(branch) for branch in avro]
     if not isinstance(avro, dict):

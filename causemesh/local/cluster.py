@@ -11,7 +11,7 @@ from pathlib import Path
 from causemesh.errors import Misdeclared
 from causemesh.local.artefacts import Progress
 from causemesh.local.ports import choose_ports
-from causemesh.local.servers import HOST, Kafka, Postgres, Registry, Server
+from causemesh.local.servers import HOST, Kafka, Postgres, Registry, Server, StripeStandIn
 from causemesh.local.triton import Triton
 
 _DEFAULT_PORTS = {
@@ -22,16 +22,18 @@ _DEFAULT_PORTS = {
     "postgres": 15432,
     "triton": 18001,
     "triton_metrics": 18002,
+    "stripe": 18121,
 }
 SERVERS = ("kafka", "registry", "postgres")
-ALL_SERVERS = (*SERVERS, "triton")
+ALL_SERVERS = (*SERVERS, "triton", "stripe")
 
 
 @dataclass(frozen=True)
 class Endpoints:
     """Where the servers answer, started or not.
 
-    `triton_url` is host and port of its gRPC door; `triton_models` is the folder of its models.
+    `triton_url` is host and port of its gRPC door; `triton_models` is the folder of its models;
+    `stripe_url` is that of the Stripe stand-in.
     """
 
     kafka_bootstrap: str
@@ -39,6 +41,7 @@ class Endpoints:
     postgres_url: str
     triton_url: str
     triton_models: str
+    stripe_url: str
 
     def environment(self) -> dict[str, str]:
         """The settings that point a service at this cluster."""
@@ -82,6 +85,7 @@ class Cluster:
             "triton": lambda: Triton(
                 self._home, self._ports["triton"], self._ports["triton_metrics"]
             ),
+            "stripe": lambda: StripeStandIn(self._home, self._ports["stripe"]),
         }
         self._servers = {name: made[name]() for name in servers}
 
@@ -94,6 +98,7 @@ class Cluster:
             f"postgresql+asyncpg://causemesh@{HOST}:{self._ports['postgres']}",
             f"{HOST}:{self._ports['triton']}",
             str(Triton.models_under(self._home)),
+            f"http://{HOST}:{self._ports['stripe']}",
         )
 
     def up(self, progress: Progress = lambda server, state: None) -> Endpoints:

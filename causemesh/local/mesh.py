@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 
 from causemesh.errors import Fatal, Misdeclared
-from causemesh.local.cluster import Endpoints, ServerStatus
+from causemesh.local.cluster import Cluster, Endpoints, ServerStatus
 from causemesh.local.ports import choose_ports
 from causemesh.local.process import ServerProcess
 from causemesh.settings import API_PORTS
@@ -64,8 +64,11 @@ class Mesh:
 
     def environment(self) -> dict[str, str]:
         """The settings of every service, and of tools that join the mesh."""
+        endpoints = self._endpoints.environment()
+        if "CAUSEMESH_STRIPE_KEY" in os.environ:
+            endpoints.pop("CAUSEMESH_STRIPE_URL")  # with a key it is the real Stripe
         return {
-            **self._endpoints.environment(),
+            **endpoints,
             "CAUSEMESH_PROJECT": str(self._project),
             "CAUSEMESH_API_TOKEN": self.token,
             **self.extra,
@@ -84,7 +87,6 @@ class Mesh:
         """Start the supervisor and wait until every service is ready. Raises Fatal with the end of
         a log."""
         plan = {
-            "endpoints": vars(self._endpoints),
             "project": str(self._project),
             "services": list(self.services),
             "extra": self.extra,
@@ -155,7 +157,7 @@ def mesh_of(home: Path) -> Mesh | None:
     saved: Mapping[str, object] = json.loads(plan.read_text())
     mesh = Mesh(
         home,
-        Endpoints(**saved["endpoints"]),  # type: ignore[arg-type]
+        Cluster(home).endpoints,
         Path(str(saved["project"])),
         list(saved["services"]),  # type: ignore[call-overload]
     )

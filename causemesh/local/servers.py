@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 from pathlib import Path
 from typing import Protocol
 
@@ -231,3 +232,24 @@ class Postgres:
             done = self._sql(programs, f'CREATE DATABASE "{name}"')
             if done.returncode:
                 raise Fatal(f"Postgres could not create database {name}: {done.stderr}")
+
+
+class StripeStandIn:
+    """Answers in Stripe's place while no Stripe key is set; its data is one SQLite file."""
+
+    def __init__(self, home: Path, port: int) -> None:
+        self.port = port
+        self._data = home / "stripe" / "stripe.sqlite"
+        self.process = ServerProcess("stripe", home)
+
+    def start(self, progress: Progress) -> None:
+        """See `Server.start`."""
+        progress("stripe", "starting")
+        self._data.parent.mkdir(parents=True, exist_ok=True)
+        argv: list[str | Path] = [sys.executable, "-m", "causemesh.local.stripe"]
+        self.process.start([*argv, "--port", str(self.port), "--data", self._data])
+        self.process.wait_ready(lambda: port_open(self.port), 30)
+
+    def stop(self) -> None:
+        """See `Server.stop`."""
+        self.process.stop()

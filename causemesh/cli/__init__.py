@@ -1,0 +1,5 @@
+"""The `causemesh` command."""
+
+from causemesh.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,67 @@
+"""What every command works on: the home folder, its mesh, and connections to it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from causemesh.bus.kafka import KafkaBus
+from causemesh.catalogue import Catalogue
+from causemesh.codec.decode import Decoder
+from causemesh.codec.registry import HttpRegistry
+from causemesh.errors import Misdeclared
+from causemesh.local.mesh import Mesh, mesh_of
+from causemesh.log import LogReader
+from causemesh.settings import ServiceSettings
+from causemesh.trace import Tracer
+
+
+@dataclass(frozen=True)
+class Connections:
+    """Open connections to a mesh."""
+
+    settings: ServiceSettings
+    catalogue: Catalogue
+    bus: KafkaBus
+    registry: HttpRegistry
+    decoder: Decoder
+    log: LogReader
+    tracer: Tracer
+
+
+def mesh_at(home: Path) -> Mesh:
+    """The local mesh of a home folder. Raises Misdeclared when there is none."""
+    mesh = mesh_of(home)
+    if mesh is None:
+        raise Misdeclared(f"no mesh runs from {home}; start one with: causemesh up --project <dir>")
+    return mesh
+
+
+def settings_at(home: Path) -> ServiceSettings:
+    """The settings of the mesh under `home`, else those of the CAUSEMESH_* environment."""
+    mesh = mesh_of(home)
+    if mesh is None:
+        return ServiceSettings()
+    prefix = "CAUSEMESH_"
+    told = {name.removeprefix(prefix).lower(): value for name, value in mesh.environment().items()}
+    return ServiceSettings.model_validate(told)
+
+
+@asynccontextmanager
+async def connections(home: Path) -> AsyncIterator[Connections]:
+    """Connect to the mesh under `home` (or of the environment); closes all at the end."""
+    settings = settings_at(home)
+    projects = [settings.project] if settings.project else []
+    catalogue = Catalogue.load(projects, partitions=settings.partitions)
+    bus = KafkaBus(settings.kafka_bootstrap)
+    registry = HttpRegistry(settings.registry_url)
+    decoder = Decoder(registry)
+    log = LogReader(bus, catalogue, decoder)
+    try:
+        tracer = Tracer(bus, catalogue, decoder)
+        yield Connections(settings, catalogue, bus, registry, decoder, log, tracer)
+    finally:
+        await registry.close()
+        await bus.close()

@@ -1,0 +1,25 @@
+"""`python -m causemesh.local.stripe --port 18121 --data <file>`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from causemesh.local.stripe import create_app, make_server
+
+
+def main() -> None:
+    """Serve until stopped."""
+    parser = argparse.ArgumentParser(prog="causemesh.local.stripe", description=__doc__)
+    parser.add_argument("--port", type=int, default=18121)
+    parser.add_argument("--data", default=os.environ.get("CAUSEMESH_STRIPE_DATA"))
+    parser.add_argument("--faults", action="store_true", help="open /_faults and /_calls")
+    chosen = parser.parse_args()
+    if not chosen.data:
+        parser.error("say where to keep the data: --data <file> or CAUSEMESH_STRIPE_DATA")
+    make_server(create_app(Path(chosen.data), faults=chosen.faults), chosen.port).run()
+
+
+if __name__ == "__main__":
+    main()

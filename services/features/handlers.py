@@ -328,7 +328,13 @@ class Join:
         return {
             "versions": sorted(self.book.signatures),
             "broken": dict(self.book.broken),
-            "schedules": {name: one.sequence for name, one in self.book.rollouts.items()},
+            "schedules": {
+                name: [
+                    {"version": version, "effective_us": at_us}
+                    for version, at_us in zip(one.versions, one.effective_us, strict=True)
+                ]
+                for name, one in self.book.rollouts.items()
+            },
         }
 
 

@@ -7,7 +7,7 @@ export POLARS_MAX_THREADS := 1
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test unit component lint types imports docs lock clean
+.PHONY: help setup test demo down unit component lint types imports docs lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -21,6 +21,12 @@ $(STAMP): requirements/dev.txt pyproject.toml
 setup: $(STAMP) ## Make the virtual environment
 
 test: lint types imports unit component ## The whole suite; starts the servers it needs
+
+demo: $(STAMP) ## Real flights through the whole mesh (DEMO_MONTHS=3, DEMO_EXIT=1, DEMO_KILL=features)
+	$(BIN)/python -m examples.flights.demo
+
+down: $(STAMP) ## Stop what `make demo` left running
+	$(BIN)/causemesh down
 
 unit: $(STAMP) ## Pure tests and the protocol simulation
 	$(BIN)/python -m pytest tests/unit tests/contract -v

@@ -65,11 +65,13 @@ class Service:
         self.metrics = Metrics()
         self.runners: list[Runner] = []
         self._stages: list[Stage] = []
+        self._topics: set[str] = set()
         self._producers: list[Producer] = []
 
     def emitter(self, writes: Sequence[str]) -> Emitter:
         """Sends to declared topics. Raises Misdeclared when this service may not write one."""
         self.catalogue.require(self.name, writes=writes)
+        self._topics |= set(writes)
         return Emitter(self.catalogue, self.encoders, self.producer(), writes)
 
     def producer(self) -> Producer:
@@ -90,6 +92,7 @@ class Service:
         """
         reads = [*stage.shared, *stage.broadcast]
         self.catalogue.require(self.name, reads=reads)
+        self._topics |= set(reads)
         emitter = self.emitter([*stage.writes, DEADLETTERS])
 
         def make_worker(partition: int) -> PartitionWorker:
@@ -176,13 +179,10 @@ class Service:
 
     async def _ensure_topics(self) -> None:
         """Create the topics this service touches, so that services start in any order."""
-        names = {DEADLETTERS} if self._stages else set()
-        for stage in self._stages:
-            names |= {*stage.shared, *stage.broadcast, *stage.writes}
         admin = self.bus.admin()
         try:
             await _patiently(
-                lambda: admin.ensure([self.catalogue.topic(name) for name in sorted(names)])
+                lambda: admin.ensure([self.catalogue.topic(name) for name in sorted(self._topics)])
             )
         finally:
             await admin.close()

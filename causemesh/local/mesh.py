@@ -36,18 +36,18 @@ class Mesh:
         unknown = sorted(set(services) - set(SERVICES))
         if unknown:
             raise Misdeclared(f"unknown services {unknown}; known: {', '.join(SERVICES)}")
-        self._home = home.resolve()
+        self.home = home.resolve()
         self._endpoints = endpoints
         self._project = project.resolve()
         self.services = tuple(services)
-        self._ports = choose_ports(self._home / "service-ports.json", API_PORTS)
+        self._ports = choose_ports(self.home / "service-ports.json", API_PORTS)
         self.extra: dict[str, str] = {}
         """More settings for every service, such as CAUSEMESH_PARTITIONS."""
 
     @property
     def token(self) -> str:
         """The bearer token of the admin APIs, made once."""
-        kept = self._home / "token"
+        kept = self.home / "token"
         if not kept.exists():
             kept.touch(mode=0o600)
             kept.write_text(secrets.token_urlsafe(24))
@@ -81,7 +81,7 @@ class Mesh:
             "CAUSEMESH_API_PORT": str(self._ports[service]),
             "POLARS_MAX_THREADS": os.environ.get("POLARS_MAX_THREADS", "1"),
         }
-        return ServerProcess(service, self._home, environment)
+        return ServerProcess(service, self.home, environment)
 
     def up(self, progress: Callable[[str, str], None] = lambda name, state: None) -> None:
         """Start the supervisor and wait until every service is ready. Raises Fatal with the end of
@@ -91,8 +91,8 @@ class Mesh:
             "services": list(self.services),
             "extra": self.extra,
         }
-        (self._home / "mesh.json").write_text(json.dumps(plan))
-        self._supervisor().start([sys.executable, "-m", "causemesh.local.mesh", self._home])
+        (self.home / "mesh.json").write_text(json.dumps(plan))
+        self._supervisor().start([sys.executable, "-m", "causemesh.local.mesh", self.home])
         deadline = time.monotonic() + _READY_S
         for service in self.services:
             progress(service, "starting")
@@ -146,7 +146,7 @@ class Mesh:
         return ServerStatus(name, process.pid, self._ports[name], rss, uptime)
 
     def _supervisor(self) -> ServerProcess:
-        return ServerProcess("supervisor", self._home)
+        return ServerProcess("supervisor", self.home)
 
 
 def mesh_of(home: Path) -> Mesh | None:

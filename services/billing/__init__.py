@@ -1,0 +1,1 @@
+"""The billing service; so far its pure domain."""

@@ -78,10 +78,10 @@ class Door:
             for batch, reason in zip(batches, reasons, strict=True)
             for claim in _claims(batch, reason)
         ]
-        owned = await self._ids.claim(claims)
+        lost = await self._ids.claim(claims)
         outgoing = []
         for batch, reason in zip(batches, reasons, strict=True):
-            outgoing += self._outgoing(batch, _with_duplicates(batch, reason, owned))
+            outgoing += self._outgoing(batch, _with_duplicates(batch, reason, lost))
         return Emission(outgoing, self._promises(batches))
 
     def _refusals(self, batch: Batch) -> pl.Series:
@@ -167,15 +167,13 @@ def _claims(batch: Batch, reasons: pl.Series) -> list[IdClaim]:
 
 
 def _with_duplicates(
-    batch: Batch, reasons: pl.Series, owned: set[tuple[str, int, int]]
+    batch: Batch, reasons: pl.Series, lost: set[tuple[str, int, int]]
 ) -> pl.Series:
-    taken = [
-        (batch.topic, batch.partition, position) not in owned
-        for position in batch.positions.tolist()
-    ]
-    duplicate = pl.Series(taken, dtype=pl.Boolean) & reasons.is_null()
-    if not duplicate.any():
+    if not lost:
         return reasons
+    duplicate = [
+        (batch.topic, batch.partition, position) in lost for position in batch.positions.tolist()
+    ]
     codes = [
         "duplicate" if is_duplicate else reason
         for reason, is_duplicate in zip(reasons, duplicate, strict=True)

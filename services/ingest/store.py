@@ -30,9 +30,9 @@ _CLAIM = sa.text(
     FROM unnest(CAST(:digests AS bytea[]), CAST(:topics AS text[]), CAST(:partitions AS int[]),
                 CAST(:positions AS bigint[]), CAST(:occurred AS bigint[]))
          WITH ORDINALITY AS claimed (digest, topic, partition, position, occurred_us, number)
+    -- by digest, so that two workers that claim the same ids can't deadlock
     ORDER BY digest, number
     ON CONFLICT DO NOTHING
-    RETURNING topic, partition, position
     """
 )
 _OWNERS = sa.text(
@@ -64,10 +64,12 @@ class IdStore:
         self._engine = engine
 
     async def claim(self, claims: Sequence[IdClaim]) -> set[Origin]:
-        """The origins that own their id, now or from an earlier attempt. Raises Retryable."""
+        """Claim ids; returns the origins that lost: another record owns their id.
+
+        Raises Retryable.
+        """
         if not claims:
             return set()
-        # Rows go in by digest, so that two workers that claim the same ids can't deadlock.
         values = {
             "digests": [claim.digest for claim in claims],
             "topics": [claim.origin[0] for claim in claims],
@@ -76,14 +78,13 @@ class IdStore:
             "occurred": [claim.occurred_us for claim in claims],
         }
         async with database_errors(), self._engine.begin() as connection:
-            fresh = await connection.execute(_CLAIM, values)
-            owned = {(row.topic, row.partition, row.position) for row in fresh}
-        left = {claim.digest: claim for claim in claims if claim.origin not in owned}
-        if left:
-            async with database_errors(), self._engine.connect() as connection:
-                found = await connection.execute(_OWNERS, {"digests": list(left)})
-                owned |= {(row.topic, row.partition, row.position) for row in found}
-        return owned
+            fresh = (await connection.execute(_CLAIM, values)).rowcount
+        if fresh == len(claims):
+            return set()
+        async with database_errors(), self._engine.connect() as connection:
+            found = await connection.execute(_OWNERS, {"digests": values["digests"]})
+            owners = {(row.topic, row.partition, row.position) for row in found}
+        return {claim.origin for claim in claims if claim.origin not in owners}
 
     async def forget(self, topic: str, before_us: int) -> int:
         """Drop ids of events older than `before_us` (event time); returns how many."""

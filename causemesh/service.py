@@ -23,7 +23,7 @@ from causemesh.clock import SystemClock
 from causemesh.codec.decode import Decoder
 from causemesh.codec.encode import RegistryEncoders
 from causemesh.codec.registry import HttpRegistry
-from causemesh.errors import MeshError, Retryable
+from causemesh.errors import Fatal, MeshError, Retryable
 from causemesh.migrations import migrate
 from causemesh.outbox import OutboxDrain
 from causemesh.positions_sql import SqlPositionStore
@@ -141,7 +141,8 @@ class Service:
         stopping = asyncio.create_task(stop.wait())
         _log.info("service_started", port=server.config.port)
         waiting = {*running, *background, web, stopping}
-        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        ended, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        early = [task for task in ended if task is not stopping]
         stopping.cancel()
         for task in background:
             task.cancel()
@@ -153,6 +154,8 @@ class Service:
         _log.info("service_stopped", failures=[str(error) for error in failures])
         if failures:
             raise failures[0]
+        if early:
+            raise Fatal(f"{early[0].get_coro()} ended, though nobody asked it to")
 
     def _server(self, routers: Sequence[APIRouter]) -> uvicorn.Server:
         app = create_app(

@@ -12,8 +12,7 @@ import polars as pl
 from causemesh.bus.base import Bus, RawBatch
 from causemesh.catalogue import Catalogue
 from causemesh.codec.base import BatchDecoder
-from causemesh.errors import Misdeclared
-from causemesh.log import LogReader, Span
+from causemesh.log import LogReader
 from causemesh.runner.batch import Batch
 
 _FETCH = 20_000
@@ -77,7 +76,7 @@ class Tracer:
 
     async def _holding(self, topics: Sequence[str], needle: bytes) -> AsyncIterator[RawBatch]:
         """Raw records whose bytes hold `needle`."""
-        spans = await self._existing(topics)
+        spans = await self._log.ends(topics)
         left = {source: span.last for source, span in spans.items() if span.last > span.after}
         if not left:
             return
@@ -93,16 +92,6 @@ class Tracer:
                         del left[source]
         finally:
             await reader.close()
-
-    async def _existing(self, topics: Sequence[str]) -> dict[tuple[str, int], Span]:
-        """The spans of those topics that were created already."""
-        spans = {}
-        for topic in topics:
-            try:
-                spans.update(await self._log.ends([topic]))
-            except Misdeclared:
-                continue  # declared, but no service that touches it has run
-        return spans
 
     async def causes(self, node: Node) -> list[Node]:
         """The chain of causes of a record, nearest first, down to what came from outside."""
@@ -125,7 +114,7 @@ class Tracer:
             if readers & set(one.producers) and one.form != "inbox" and name != node.topic
         ]
         found = []
-        async for batch in self._log.read(await self._existing(names)):
+        async for batch in self._log.read(await self._log.ends(names)):
             cause = pl.col("cause").struct
             direct = _matches(cause, node)
             behind = _matches(cause.field("origin").struct, node)

@@ -296,9 +296,12 @@ class KafkaAdmin:
         return [topic.name for topic in missing]
 
     async def ends(self, topics: Sequence[str]) -> dict[TopicPartition, int]:
-        """See `Admin.ends`."""
+        """See `Admin.ends`. Raises Retryable for a topic that has no partitions (yet)."""
         client = await self._opened()
         described = await client.describe_topics(list(topics))
+        missing = [entry["topic"] for entry in described if not entry["partitions"]]
+        if missing:
+            raise Retryable(f"Kafka does not know {', '.join(sorted(missing))} (yet)")
         partitions = [
             KafkaPartition(entry["topic"], number)
             for entry in described

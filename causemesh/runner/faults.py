@@ -17,16 +17,19 @@ Rehearse = Callable[[Sequence[Batch]], Awaitable[None]]
 class Faults:
     """Retries, isolates and dead-letters, so that one bad row costs nothing but itself."""
 
-    def __init__(self, clock: Clock, limits: Limits) -> None:
+    def __init__(
+        self, clock: Clock, limits: Limits, stopping: Callable[[], bool] = lambda: False
+    ) -> None:
         self._clock = clock
         self._limits = limits
+        self._stopping = stopping
 
     async def contain(
         self, processor: Processor, batches: Sequence[Batch], attempt: Attempt, rehearse: Rehearse
     ) -> None:
         """Run one unit until it commits.
 
-        Retryable waits and tries again for as long as it takes; Poison drops the rows to the dead
+        Retryable waits and tries again until it works or the worker is to stop; Poison drops the rows to the dead
         letters; an unknown exception is retried `Limits.attempts` times, then each row is rehearsed
         alone (and rolled back) and those that raise are dead-lettered. A stateful processor is
         never repeated in place: its error goes up and the worker starts over from the checkpoint.
@@ -43,7 +46,7 @@ class Faults:
             except Poison as poison:
                 self._bury(left, dead, poison)
             except Retryable as error:
-                if processor.stateful:
+                if processor.stateful or self._stopping():
                     raise
                 await self._clock.sleep(error.retry_after)
             except MeshError:

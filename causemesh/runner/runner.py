@@ -104,6 +104,8 @@ class Runner:
                 log.info("worker_fenced", reason=str(error))
                 return
             except Retryable as error:
+                if worker.stopping:
+                    return
                 log.warning("worker_restarts", reason=str(error))
                 await self._clock.sleep(error.retry_after)
             except Fatal as error:

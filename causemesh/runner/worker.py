@@ -61,7 +61,7 @@ class PartitionWorker:
         self._limits = limits
         self._clock = clock
         self._observer: Observer = observer or Unobserved()
-        self._faults = Faults(clock, limits)
+        self._faults = Faults(clock, limits, lambda: self.stopping)
         self._marks = HighWaterMarks(enabled=deduplicate)
         inputs = stage.inputs(catalogue, partition)
         self.watermarks = WatermarkTracker(

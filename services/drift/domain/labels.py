@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass
 
@@ -45,6 +46,12 @@ class LabelRule:
         if problem:
             raise Misdeclared(f"label of {self.event_type}: {self.positive!r} {problem}")
 
+    @property
+    def digest(self) -> str:
+        """A short name for the rule, so that versions with the same rule share their labels."""
+        text = "\x1f".join((self.event_type, self.request_id, self.positive))
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
 
 def _problem(text: str) -> str | None:
     bare = _QUOTED.sub(" quoted ", text)
@@ -62,7 +69,9 @@ def _problem(text: str) -> str | None:
 
 
 def label_batch(rule: LabelRule, frame: pl.DataFrame) -> pl.DataFrame:
-    """The labels in events of the rule's type: (tenant_id, request_id, positive), in their order.
+    """The labels in events of the rule's type, in their order.
+
+    Columns: tenant_id, request_id, positive, and the event's occurred_at.
 
     An event without a request id labels nothing, and a null `positive` is no label. A request
     that is labelled twice comes out twice. Raises Misdeclared when the rule does not fit the
@@ -87,6 +96,7 @@ def _evaluated(rule: LabelRule, frame: pl.DataFrame) -> pl.DataFrame:
         pl.col("tenant_id"),
         pl.col(rule.request_id).cast(pl.String).alias("request_id"),
         pl.sql_expr(rule.positive).alias("positive"),
+        pl.col("occurred_at"),
     ]
     try:
         return frame.select(columns)

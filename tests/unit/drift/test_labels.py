@@ -16,6 +16,7 @@ LANDED = pl.DataFrame(
         "arr_delay": [15.0, 14.9, 80.0, None, 200.0],
         "number": [1, 2, 3, 4, 5],
         "text": ["1", "2", "3", "4", "x"],
+        "occurred_at": pl.Series(range(5)).cast(pl.Datetime("us", "UTC")),
     }
 )
 
@@ -26,10 +27,26 @@ def rule(positive: str = "arr_delay >= 15", request_id: str = "flight") -> Label
 
 def test_labels_of_a_batch() -> None:
     labels = label_batch(rule(), LANDED)
-    assert labels.rows() == [("UA", "f1", True), ("UA", "f2", False), ("AA", "f5", True)]
+    times = LANDED["occurred_at"].to_list()
+    assert labels.rows() == [
+        ("UA", "f1", True, times[0]),
+        ("UA", "f2", False, times[1]),
+        ("AA", "f5", True, times[4]),
+    ]
     assert labels.schema == pl.Schema(
-        {"tenant_id": pl.String, "request_id": pl.String, "positive": pl.Boolean}
+        {
+            "tenant_id": pl.String,
+            "request_id": pl.String,
+            "positive": pl.Boolean,
+            "occurred_at": pl.Datetime("us", "UTC"),
+        }
     )
+
+
+def test_the_same_rule_has_the_same_digest_and_another_has_not() -> None:
+    assert rule().digest == rule().digest
+    others = {rule("arr_delay >= 16").digest, rule(request_id="text").digest}
+    assert len({rule().digest, *others}) == 3
 
 
 def test_an_empty_batch_has_the_same_columns() -> None:

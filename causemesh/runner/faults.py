@@ -29,10 +29,11 @@ class Faults:
     ) -> None:
         """Run one unit until it commits.
 
-        Retryable waits and tries again until it works or the worker is to stop; Poison drops the rows to the dead
-        letters; an unknown exception is retried `Limits.attempts` times, then each row is rehearsed
-        alone (and rolled back) and those that raise are dead-lettered. A stateful processor is
-        never repeated in place: its error goes up and the worker starts over from the checkpoint.
+        Retryable waits and tries again until it works or the worker is to stop; Poison drops the
+        rows to the dead letters; an unknown exception is retried `Limits.attempts` times, then each
+        row is rehearsed alone (and rolled back) and those that raise are dead-lettered. A stateful
+        processor is never repeated in place: its error goes up and the worker starts over from the
+        checkpoint.
         """
         dead: DeadRows = []
         if not processor.takes_bad_rows:

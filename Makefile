@@ -7,7 +7,7 @@ export POLARS_MAX_THREADS := 1
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test demo down unit component lint types imports docs lock clean
+.PHONY: help setup test demo down unit component e2e lint types imports docs lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -20,7 +20,7 @@ $(STAMP): requirements/dev.txt pyproject.toml
 
 setup: $(STAMP) ## Make the virtual environment
 
-test: lint types imports unit component ## The whole suite; starts the servers it needs
+test: lint types imports unit component e2e ## The whole suite; starts the servers it needs
 
 demo: $(STAMP) ## Real flights through the whole mesh (DEMO_MONTHS=3, DEMO_EXIT=1, DEMO_KILL=features)
 	$(BIN)/python -m examples.flights.demo
@@ -33,6 +33,9 @@ unit: $(STAMP) ## Pure tests and the protocol simulation
 
 component: $(STAMP) ## Tests on real servers from package registries
 	$(BIN)/python -m pytest tests/component
+
+e2e: $(STAMP) ## From flights to invoices, with services killed on the way
+	$(BIN)/python -m pytest tests/e2e -v
 
 lint: $(STAMP) ## Style
 	$(BIN)/ruff check .
@@ -53,4 +56,4 @@ lock: $(STAMP) ## Pin every dependency with its hashes
 	  --extra dev pyproject.toml --output-file requirements/dev.txt
 
 clean: ## Remove the environment and local data
-	rm -rf $(VENV) .causemesh .causemesh-test
+	rm -rf $(VENV) .causemesh .causemesh-test*

@@ -71,7 +71,10 @@ class LogReader:
             await reader.close()
 
     async def one(self, topic: str, partition: int, position: int) -> Batch | None:
-        """The record at one position; None when there is none that decodes."""
+        """The record at one position; None when there is none that decodes, or none yet."""
+        written = (await self.ends([topic])).get((topic, partition))
+        if written is None or not written.after < position <= written.last:
+            return None
         async for batch in self.read({(topic, partition): Span(position - 1, position)}):
             return batch
         return None

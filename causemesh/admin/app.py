@@ -31,7 +31,8 @@ def create_app(
     async def authorised(
         given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
     ) -> None:
-        if given is None or not hmac.compare_digest(given.credentials, token):
+        # As bytes: compare_digest refuses text that is not ASCII.
+        if given is None or not hmac.compare_digest(given.credentials.encode(), token.encode()):
             raise HTTPException(
                 401,
                 "send the header Authorization: Bearer <CAUSEMESH_API_TOKEN>",

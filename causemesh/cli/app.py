@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import httpx
 import typer
 
 from causemesh.cli import following, running, tracing
@@ -137,5 +138,7 @@ def main() -> None:
         app()
     except MeshError as error:
         sys.exit(f"causemesh: {error}")
+    except httpx.TransportError as error:
+        sys.exit(f"causemesh: a service does not answer ({error}); see causemesh status")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -90,15 +90,22 @@ async def _rows(mesh: Connections, spans: Mapping[tuple[str, int], Span]) -> lis
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
     """The JSON lines of a file, or of standard input. Raises Misdeclared naming the line."""
-    lines = sys.stdin if str(file) == "-" else file.read_text().splitlines()
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                raise Misdeclared(f"line {number} is not JSON: {error}") from None
-    return rows
+    try:
+        text = sys.stdin.read() if str(file) == "-" else file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise Misdeclared(f"{file} can't be read: {error}") from None
+    lines = enumerate(text.split("\n"), 1)
+    return [_row(number, line) for number, line in lines if line.strip()]
+
+
+def _row(number: int, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise Misdeclared(f"line {number} is not JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise Misdeclared(f"line {number} is not a JSON object")
+    return row
 
 
 async def produce(home: Path, event_type: str, rows: list[dict[str, Any]]) -> int:

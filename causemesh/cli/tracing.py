@@ -232,4 +232,5 @@ def _label(step: Step) -> str:
 
 def _short(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, default=readable)
+    text = text.replace("\x1f", "/")  # between the parts of an entity's key
     return text if len(text) <= 100 else text[:97] + "..."

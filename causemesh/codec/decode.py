@@ -47,7 +47,7 @@ class Decoder:
                 bad |= dict.fromkeys(members.tolist(), writer)
                 continue
             if writer.name != name:
-                foreign[writer.name] = members.tolist()
+                foreign[writer.name] = sorted([*foreign.get(writer.name, ()), *members.tolist()])
                 continue
             fits, oversize = self._split_by_size(values, members)
             bad |= oversize

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, date, datetime
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
 import fastavro
@@ -13,6 +13,7 @@ import fastavro
 from causemesh.codec.wire import header
 
 Schema = Mapping[str, Any]
+_SHOWN = 200
 
 
 class RowEncoder:
@@ -40,8 +41,10 @@ def fit(record: Schema, row: Mapping[str, Any]) -> dict[str, Any]:
     Fields with a default may be missing. Raises ValueError naming the field that is missing,
     unknown or of the wrong form.
     """
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{row!r} is no object of fields"[:_SHOWN])
     known = {field["name"] for field in record["fields"]}
-    unknown = sorted(set(row) - known)
+    unknown = sorted(map(str, set(row) - known))
     if unknown:
         raise ValueError(f"unknown fields {unknown}; known: {sorted(known)}")
     fitted = {}
@@ -85,8 +88,8 @@ def _logical(avro: Mapping[str, Any], value: Any) -> Any:
     if logical.startswith("timestamp"):
         return _instant(value, 1_000_000 if logical.endswith("micros") else 1_000)
     if logical == "date":
-        return date.fromisoformat(value) if isinstance(value, str) else value
-    return Decimal(str(value)) if logical == "decimal" else value
+        return _day(value)
+    return _decimal(value) if logical == "decimal" else value
 
 
 def _nested(avro: Mapping[str, Any], value: Any) -> Any:
@@ -94,10 +97,24 @@ def _nested(avro: Mapping[str, Any], value: Any) -> Any:
     if kind == "record":
         return fit(avro, value)
     if kind == "array":
-        return [_value(avro["items"], item) for item in value]
+        return [_value(avro["items"], item) for item in _listed(value)]
     if kind == "map":
-        return {key: _value(avro["values"], item) for key, item in value.items()}
+        return {key: _value(avro["values"], item) for key, item in _mapped(value).items()}
+    if kind == "enum" and value not in avro["symbols"]:
+        raise ValueError(f"{value!r} is none of {avro['symbols']}"[:_SHOWN])
     return _primitive(kind, value) if isinstance(kind, str) else _value(kind, value)
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"{value!r} is no list"[:_SHOWN])
+    return value
+
+
+def _mapped(value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{value!r} is no object"[:_SHOWN])
+    return value
 
 
 _PYTHON: dict[str, tuple[type, ...]] = {
@@ -108,13 +125,32 @@ _PYTHON: dict[str, tuple[type, ...]] = {
     "double": (int, float),
     "string": (str,),
 }
+_BITS = {"int": 31, "long": 63}
 
 
 def _primitive(kind: str, value: Any) -> Any:
     wrong = kind in _PYTHON and not isinstance(value, _PYTHON[kind])
     if wrong or (kind != "boolean" and isinstance(value, bool)):
-        raise ValueError(f"{value!r} is no {kind}")
+        raise ValueError(f"{value!r} is no {kind}"[:_SHOWN])
+    if kind in _BITS and not -(1 << _BITS[kind]) <= value < 1 << _BITS[kind]:
+        # fastavro writes an int of any size, and no reader takes it for an int any more.
+        raise ValueError(f"{value} does not fit {kind}")
     return value
+
+
+def _day(value: Any) -> date:
+    if isinstance(value, str):
+        return date.fromisoformat(value)
+    if not isinstance(value, date):
+        raise ValueError(f"{value!r} is no date; write YYYY-MM-DD")
+    return value
+
+
+def _decimal(value: Any) -> Decimal:
+    try:
+        return Decimal(str(value))
+    except InvalidOperation:
+        raise ValueError(f"{value!r} is no decimal") from None
 
 
 def _instant(value: Any, per_second: int) -> datetime | int:

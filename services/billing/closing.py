@@ -1,0 +1,115 @@
+"""Closes event-time months once the whole group's watermark has passed them and the grace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import structlog
+from prometheus_client import Counter
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from causemesh.clock import Clock
+from causemesh.errors import Retryable
+from causemesh.outbox import add_events
+from causemesh.positions_sql import SqlPositionStore
+from causemesh.sql import database_errors
+from services.billing.books import CLOSER, Books, Terms, locked
+from services.billing.domain.invoicing import Invoice, close_month
+from services.billing.domain.periods import closable_months, month_bounds, month_of
+from services.billing.domain.usage import UsageRow, monthly_usage
+from services.billing.entitlements import SHARD
+from services.billing.events import invoice_recorded
+from services.billing.handlers import GROUP
+from services.billing.store import UsageStore
+
+_log = structlog.get_logger(__name__)
+
+
+class MonthCloser:
+    """Closes months in order; any number of processes may run one, and one works at a time.
+
+    An invoice is a function of the log: of the usage that is due by its month (`lateness`), and of
+    what earlier invoices billed.
+    """
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        store: SqlPositionStore,
+        terms: Terms,
+        *,
+        partitions: int,
+        clock: Clock,
+        every_s: float,
+        outcomes: Counter,
+    ) -> None:
+        self._engine = engine
+        self._store = store
+        self._terms = terms
+        self._partitions = partitions
+        self._clock = clock
+        self._every_s = every_s
+        self._outcomes = outcomes
+
+    async def run(self) -> None:
+        """Close until cancelled. Raises Misdeclared when usage and billing.yaml disagree."""
+        while True:
+            try:
+                await self.close_due()
+            except Retryable as error:
+                _log.warning("closing_waits", reason=str(error))
+            await self._clock.sleep(self._every_s)
+
+    async def close_due(self) -> int:
+        """Close every month that is due; returns how many. Raises Retryable."""
+        watermark_us = await self._store.watermark(GROUP, self._partitions)
+        if watermark_us is None:
+            return 0
+        closed = 0
+        while await self._close_next(watermark_us):
+            closed += 1
+        return closed
+
+    async def _close_next(self, watermark_us: int) -> bool:
+        """Close the oldest month that is due, in one transaction."""
+        async with database_errors(), self._engine.begin() as transaction:
+            if not await locked(transaction, CLOSER):
+                return False
+            known = await UsageStore.due_months(transaction)
+            opened = set(self._billable(known, watermark_us)) - await Books.closed(transaction)
+            due = closable_months(watermark_us, self._terms.config.grace_us, opened)
+            if due:
+                await self._close(transaction, due[0])
+        return bool(due)
+
+    def _billable(self, known: Sequence[str], watermark_us: int) -> Iterable[str]:
+        """Months with usage; with tenants who pay without it, also those in between and since."""
+        if not known or not self._terms.config.tenants:
+            return known
+        return _months(known[0], month_of(watermark_us))
+
+    async def _close(self, transaction: AsyncConnection, period: str) -> None:
+        config = self._terms.config
+        known = await UsageStore.known_at(transaction, period)
+        usage = monthly_usage(known.usage, known.members)
+        tenants = sorted({*usage, *config.tenants})
+        before = await Books.billed_before(transaction, period, tenants)
+        closed: list[tuple[Invoice, Sequence[UsageRow]]] = []
+        for tenant in tenants:
+            rows = usage.get(tenant, [])
+            invoice = close_month(config, tenant, period, rows, before.get(tenant, []))
+            closed.append((invoice, rows))
+        await Books.open_month(transaction, period, self._terms)
+        await Books.add(transaction, closed)
+        made = [invoice for invoice, _ in closed if invoice.lines]
+        told = [invoice_recorded(one, one.lines, "closed") for one in made]
+        await add_events(transaction, told, shard=SHARD)
+        self._outcomes.labels("invoice", "closed").inc(len(made))
+        _log.info("month_closed", period=period, invoices=len(made))
+
+
+def _months(first: str, last: str) -> Iterable[str]:
+    month = first
+    while month <= last:
+        yield month
+        month = month_of(month_bounds(month)[1])

@@ -1,0 +1,83 @@
+"""On which invoice usage is due, by where its record lies in the log and nothing else.
+
+A month is over for a record once the watermark in force at its position has passed the month's end
+and the grace: what the batch or the clock say does not matter, so every run of the same log gives
+the same invoices. A worker's committed watermark is never ahead of what is in force at the records
+it reads next, so a closed month can't get usage any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from causemesh.bus.base import TopicPartition
+from causemesh.catalogue import WATERMARK, Catalogue
+from causemesh.codec.base import BatchDecoder
+from causemesh.runner import NEVER, Batch
+from causemesh.runner.watermarks import WatermarkTracker
+
+Int64s = npt.NDArray[np.int64]
+Months = npt.NDArray[np.datetime64]
+
+
+class Promises:
+    """The promises of one partition number of every input, as they stand before a unit."""
+
+    def __init__(
+        self,
+        expected: dict[TopicPartition, Sequence[TopicPartition]],
+        committed: Sequence[Sequence[Any]],
+    ) -> None:
+        self._tracker = WatermarkTracker(expected)
+        self._tracker.load(committed)
+
+    async def in_force(self, batch: Batch, catalogue: Catalogue, decoder: BatchDecoder) -> Int64s:
+        """The watermark (microseconds) in force at each row of `batch.frame`."""
+        raw = batch.raw
+        source = (batch.topic, batch.partition)
+        before = self._tracker.of_input(source)
+        rising = np.full(len(raw), NEVER if before is None else before, dtype=np.int64)
+        # Watermarks are among what the runner left out; the rest of that is of other records.
+        others = np.setdiff1d(np.arange(len(raw)), batch.rows)
+        left_out = [raw.values[row] for row in others.tolist()]
+        if left_out:
+            decoded = await decoder.decode(left_out, catalogue.controls[WATERMARK])
+            for row, promise in zip(decoded.rows, decoded.frame.iter_rows(named=True), strict=True):
+                origin = (promise["source_topic"], promise["source_partition"])
+                at_us = _micros(promise["watermark_at"])
+                self._tracker.promise(source, origin, at_us)
+                now = self._tracker.of_input(source)
+                rising[others[row]] = NEVER if now is None else now
+        in_force: Int64s = np.maximum.accumulate(rising)[batch.rows]
+        return in_force
+
+
+def _micros(instant: Any) -> int:
+    return int(np.datetime64(instant.replace(tzinfo=None), "us").astype(np.int64))
+
+
+def first_open(in_force_us: Int64s, grace_us: int, last_closed: str | None) -> Months:
+    """The oldest month whose invoice each row may still be on.
+
+    `last_closed` holds whatever the watermarks say: when the grace was made longer, months are
+    closed that would be open by the new one.
+    """
+    months: Months = (in_force_us - grace_us).astype("datetime64[us]").astype("datetime64[M]")
+    if last_closed is not None:
+        months = np.maximum(months, np.datetime64(last_closed, "M") + 1)
+    return months
+
+
+def late_months(occurred_us: Int64s, opened: Months) -> pl.Series:
+    """For each row the month (`2013-01`) it is due in when its own is over, else null."""
+    late = occurred_us < opened.astype("datetime64[us]").astype(np.int64)
+    due = np.where(late, opened, np.datetime64("NaT"))
+    names = [None if np.isnat(month) else str(month) for month in np.unique(due)]
+    if names == [None]:
+        return pl.repeat(None, len(due), dtype=pl.String, eager=True)
+    return pl.Series(np.datetime_as_string(due), dtype=pl.String).replace("NaT", None)

@@ -12,8 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from causemesh.local import Cluster, Endpoints
-from causemesh import outbox, positions_sql
-from causemesh.sql import metadata
+from causemesh.migrations import metadata
 
 _HOME = Path(os.environ.get("CAUSEMESH_TEST_HOME", ".causemesh-test"))
 

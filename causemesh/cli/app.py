@@ -31,12 +31,15 @@ HOME = Path(".causemesh")
 @app.command()
 def up(
     project: Annotated[Path, typer.Option(help="Folder with catalogue.yaml and service files.")],
+    partitions: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Of each topic; fixed once it exists.")
+    ] = None,
     home: Home = HOME,
     as_json: Json = False,
 ) -> None:
     """Start the servers and the services, or what of them does not run."""
     out = Output(as_json=as_json)
-    running.up(home, project, out.progress)
+    running.up(home, project, out.progress, partitions=partitions)
     out.rows("Running", running.status(home))
 
 

@@ -29,21 +29,26 @@ def servers() -> tuple[str, ...]:
     return tuple(name for name in ALL_SERVERS if not (real and name == "stripe"))
 
 
-def up(home: Path, project: Path, progress: Progress) -> Mesh:
-    """Start servers, topics, schemas and services; what runs already is left alone."""
+def up(home: Path, project: Path, progress: Progress, *, partitions: int | None = None) -> Mesh:
+    """Start servers, topics, schemas and services; what runs already is left alone.
+
+    `partitions` is the default partition count of topics; it can't change once they exist.
+    """
     if not (project / "catalogue.yaml").exists():
         raise Misdeclared(f"{project} is no project: it has no catalogue.yaml")
     endpoints = Cluster(home, servers()).up(progress)
     mesh = Mesh(home, endpoints, project)
     progress("topics", "declaring")
-    asyncio.run(provision(endpoints, project))
+    asyncio.run(provision(endpoints, project, partitions))
+    if partitions is not None:
+        mesh.extra["CAUSEMESH_PARTITIONS"] = str(partitions)
     mesh.up(progress)
     return mesh
 
 
-async def provision(endpoints: Endpoints, project: Path) -> None:
+async def provision(endpoints: Endpoints, project: Path, partitions: int | None) -> None:
     """Create every topic and register every schema."""
-    catalogue = Catalogue.load([project])
+    catalogue = Catalogue.load([project], partitions=partitions)
     bus = KafkaBus(endpoints.kafka_bootstrap)
     registry = HttpRegistry(endpoints.registry_url)
     admin = bus.admin()

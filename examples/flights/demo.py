@@ -1,8 +1,8 @@
 """The whole mesh on real flights, checked at the end: `make demo`.
 
 Settings: DEMO_MONTHS (default 3), DEMO_EXIT=1 (stop at the end also at a terminal), DEMO_KILL (the
-names of services, by comma, each ended by kill -9 once on the way), CAUSEMESH_HOME (default
-.causemesh).
+names of services, by comma, each ended by kill -9 once on the way), DEMO_PARTITIONS (of each topic,
+default 2), CAUSEMESH_HOME (default .causemesh).
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ _DAY_US = 86_400_000_000
 _MARKER = "demo"
 _DATA = ("kafka", "registry", "postgres", "triton", "stripe")
 _MOST_RSS_MB = 2_500
+_PARTITIONS = 2  # as many as the cores it is sized for; the results do not depend on it
 
 
 @dataclass
@@ -311,11 +312,12 @@ def main() -> int:
     kill = [name for name in os.environ.get("DEMO_KILL", "").split(",") if name]
     out = Output()
     stay = sys.stdout.isatty() and os.environ.get("DEMO_EXIT") != "1"
+    partitions = int(os.environ.get("DEMO_PARTITIONS", _PARTITIONS))
     began = time.monotonic()
     fresh_home(home)
     demo = Demo(home, months, kill, out)
     try:
-        mesh = running.up(home, PROJECT, out.progress)
+        mesh = running.up(home, PROJECT, out.progress, partitions=partitions)
         out.progress("ready", f"after {time.monotonic() - began:.0f} s")
         summary = asyncio.run(demo.run(mesh))
         (home / "demo-summary.json").write_text(json.dumps(summary, indent=2, default=str))

@@ -1,1 +1,1 @@
-"""The billing service; so far its pure domain."""
+"""The billing service."""

@@ -116,12 +116,18 @@ def routes(books: Books, usage: UsageStore, proofs: Proofs, config: BillingConfi
     """All routes, bound to their connections."""
     api = APIRouter()
     _invoice_routes(api, books)
-    _usage_routes(api, books, usage, config)
+    _usage_routes(api, usage, config)
     _proof_routes(api, books, proofs)
     return api
 
 
 def _invoice_routes(api: APIRouter, books: Books) -> None:
+    async def known(invoice_id: str) -> Head:
+        head = await books.head(_text(invoice_id))
+        if head is None:
+            raise Problem(404, "not_found", f"there is no invoice {invoice_id}")
+        return head
+
     @api.get("/invoices", tags=["invoices"])
     async def list_invoices(
         page: _Paged,
@@ -140,11 +146,17 @@ def _invoice_routes(api: APIRouter, books: Books) -> None:
     @api.get("/invoices/{invoice_id}", tags=["invoices"])
     async def get_invoice(invoice_id: str) -> InvoiceWithLines:
         """One invoice with its lines."""
-        head = await books.head(_text(invoice_id))
-        if head is None:
-            raise Problem(404, "not_found", f"there is no invoice {invoice_id}")
+        head = await known(invoice_id)
         lines = (await books.lines_of([head.invoice_id])).get(head.invoice_id, [])
         return InvoiceWithLines(**asdict(head), lines=[_line(line) for line in lines])
+
+    @api.post("/invoices/{invoice_id}/retry", tags=["invoices"])
+    async def retry_invoice(invoice_id: str) -> InvoiceAnswer:
+        """Push a mismatch once more, after a person has put it right at Stripe."""
+        head = await known(invoice_id)
+        if not await books.retry(head.invoice_id):
+            raise Problem(409, "no_mismatch", f"the invoice is {head.status}; only a mismatch can")
+        return InvoiceAnswer.model_validate(asdict(await known(invoice_id)))
 
     @api.get("/ledger", tags=["invoices"])
     async def list_ledger(page: _Paged, tenant_id: _Name = None) -> Page[LedgerEntry]:
@@ -156,7 +168,7 @@ def _invoice_routes(api: APIRouter, books: Books) -> None:
         )
 
 
-def _usage_routes(api: APIRouter, books: Books, usage: UsageStore, config: BillingConfig) -> None:
+def _usage_routes(api: APIRouter, usage: UsageStore, config: BillingConfig) -> None:
     @api.get("/usage", tags=["usage"])
     async def list_usage(
         page: _Paged,

@@ -194,6 +194,17 @@ class Books:
         query = sa.select(invoices).where(invoices.c.invoice_id == invoice_id)
         return next(iter(await self._heads(query)), None)
 
+    async def retry(self, invoice_id: str) -> bool:
+        """Let a mismatch be pushed again, under other keys. False if it is none; Retryable."""
+        columns = invoices.c
+        update = (
+            sa.update(invoices)
+            .where(columns.invoice_id == invoice_id, columns.status == "mismatch")
+            .values(status="closed", problem=None, attempt=columns.attempt + 1)
+        )
+        async with database_errors(), self._engine.begin() as transaction:
+            return (await transaction.execute(update)).rowcount == 1
+
     async def line(self, line_id: str) -> tuple[Head, InvoiceLine] | None:
         """One line, and its invoice. Raises Retryable."""
         query = sa.select(lines).where(lines.c.line_id == line_id)

@@ -23,6 +23,7 @@ from services.billing.handlers import GROUP
 from services.billing.store import UsageStore
 
 _log = structlog.get_logger(__name__)
+_CALENDAR_END = "9999-11"  # whatever a record or a watermark says, this month is never closed
 
 
 class MonthCloser:
@@ -72,21 +73,23 @@ class MonthCloser:
 
     async def _close_next(self, watermark_us: int) -> bool:
         """Close the oldest month that is due, in one transaction."""
+        now_us = min(watermark_us, month_bounds(_CALENDAR_END)[0])
         async with database_errors(), self._engine.begin() as transaction:
             if not await locked(transaction, CLOSER):
                 return False
-            known = await UsageStore.due_months(transaction)
-            opened = set(self._billable(known, watermark_us)) - await Books.closed(transaction)
-            due = closable_months(watermark_us, self._terms.config.grace_us, opened)
+            found = await UsageStore.due_months(transaction)
+            known = [month for month in found if month < _CALENDAR_END]
+            opened = set(self._billable(known, now_us)) - await Books.closed(transaction)
+            due = closable_months(now_us, self._terms.config.grace_us, opened)
             if due:
                 await self._close(transaction, due[0])
         return bool(due)
 
-    def _billable(self, known: Sequence[str], watermark_us: int) -> Iterable[str]:
+    def _billable(self, known: Sequence[str], now_us: int) -> Iterable[str]:
         """Months with usage; with tenants who pay without it, also those in between and since."""
         if not known or not self._terms.config.tenants:
             return known
-        return _months(known[0], month_of(watermark_us))
+        return _months(known[0], month_of(now_us))
 
     async def _close(self, transaction: AsyncConnection, period: str) -> None:
         config = self._terms.config

@@ -23,6 +23,7 @@ from causemesh.runner.watermarks import WatermarkTracker
 
 Int64s = npt.NDArray[np.int64]
 Months = npt.NDArray[np.datetime64]
+_LAST_MONTH = np.datetime64("9999-12", "M")  # later ones would not sort by their text
 
 
 class Promises:
@@ -46,19 +47,15 @@ class Promises:
         others = np.setdiff1d(np.arange(len(raw)), batch.rows)
         left_out = [raw.values[row] for row in others.tolist()]
         if left_out:
-            decoded = await decoder.decode(left_out, catalogue.controls[WATERMARK])
-            for row, promise in zip(decoded.rows, decoded.frame.iter_rows(named=True), strict=True):
-                origin = (promise["source_topic"], promise["source_partition"])
-                at_us = _micros(promise["watermark_at"])
-                self._tracker.promise(source, origin, at_us)
+            heard = await decoder.decode(left_out, catalogue.controls[WATERMARK])
+            origins = zip(heard.frame["source_topic"], heard.frame["source_partition"], strict=True)
+            at_us = heard.frame["watermark_at"].to_physical()
+            for row, origin, at in zip(others[heard.rows], origins, at_us, strict=True):
+                self._tracker.promise(source, origin, at)
                 now = self._tracker.of_input(source)
-                rising[others[row]] = NEVER if now is None else now
+                rising[row] = NEVER if now is None else now
         in_force: Int64s = np.maximum.accumulate(rising)[batch.rows]
         return in_force
-
-
-def _micros(instant: Any) -> int:
-    return int(np.datetime64(instant.replace(tzinfo=None), "us").astype(np.int64))
 
 
 def first_open(in_force_us: Int64s, grace_us: int, last_closed: str | None) -> Months:
@@ -70,7 +67,7 @@ def first_open(in_force_us: Int64s, grace_us: int, last_closed: str | None) -> M
     months: Months = (in_force_us - grace_us).astype("datetime64[us]").astype("datetime64[M]")
     if last_closed is not None:
         months = np.maximum(months, np.datetime64(last_closed, "M") + 1)
-    return months
+    return np.minimum(months, _LAST_MONTH)
 
 
 def late_months(occurred_us: Int64s, opened: Months) -> pl.Series:

@@ -79,6 +79,18 @@ _MEET = sa.text(
     RETURNING tenant_id
     """
 )
+# A loose index scan: a step of the index a month, however many buckets there are.
+_DUE_MONTHS = sa.text(
+    """
+    WITH RECURSIVE months (month) AS (
+        SELECT min(due_period) FROM usage_buckets
+        UNION ALL
+        SELECT (SELECT min(due_period) FROM usage_buckets WHERE due_period > month)
+        FROM months WHERE month IS NOT NULL
+    )
+    SELECT month FROM months WHERE month IS NOT NULL
+    """
+)
 _HOURLY = sa.text(
     """
     SELECT tenant_id, meter, aggregation, hour_us, CASE aggregation
@@ -173,17 +185,7 @@ class UsageStore:
     @staticmethod
     async def due_months(transaction: AsyncConnection) -> list[str]:
         """Every month whose invoice has usage of its own, closed or not; oldest first."""
-        # A loose index scan: a step of the index a month, however many buckets there are.
-        found: list[str] = []
-        month = sa.func.min(usage_buckets.c.due_period)
-        last = ""
-        while True:
-            query = sa.select(month).where(usage_buckets.c.due_period > last)
-            following = (await transaction.execute(query)).scalar_one()
-            if following is None:
-                return found
-            last = str(following)
-            found.append(last)
+        return list((await transaction.execute(_DUE_MONTHS)).scalars())
 
     @staticmethod
     async def known_at(transaction: AsyncConnection, period: str) -> Known:

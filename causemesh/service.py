@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -23,7 +24,7 @@ from causemesh.clock import SystemClock
 from causemesh.codec.decode import Decoder
 from causemesh.codec.encode import RegistryEncoders
 from causemesh.codec.registry import HttpRegistry
-from causemesh.errors import Fatal, MeshError, Retryable
+from causemesh.errors import Fatal, MeshError, Misdeclared, Retryable
 from causemesh.migrations import migrate
 from causemesh.outbox import OutboxDrain
 from causemesh.positions_sql import SqlPositionStore
@@ -221,7 +222,17 @@ class Service:
 
 
 class _Server(uvicorn.Server):
-    """A web server that leaves signals to `Service.serve`."""
+    """A web server that leaves signals and the end of the process to `Service.serve`."""
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        try:
+            await super().serve(sockets)
+        except SystemExit:
+            host, port = self.config.host, self.config.port
+            raise Misdeclared(
+                f"the admin API can't listen on {host}:{port}; set CAUSEMESH_API_PORT to a free"
+                " port"
+            ) from None
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -30,6 +30,9 @@ from causemesh.errors import Fatal, Misdeclared, Retryable
 _MAX_BATCH_BYTES = 1_900_000  # under the topics' max.message.bytes, above the largest value
 _REQUEST_TIMEOUT_MS = 15_000
 _KEEP_ALIVE_MS = 500
+_KNOWN_ATTEMPTS, _KNOWN_WAIT_S = 50, 0.2
+_METADATA_MS = 10_000  # how soon a member notices topics and partitions that changed
+_ALREADY_EXISTS = 36
 
 
 class KafkaBus:
@@ -206,6 +209,7 @@ class KafkaMembership(ConsumerRebalanceListener):  # type: ignore[misc]
             partition_assignment_strategy=(RangePartitionAssignor,),
             session_timeout_ms=session_timeout_ms,
             heartbeat_interval_ms=max(session_timeout_ms // 4, 100),
+            metadata_max_age_ms=_METADATA_MS,
         )
         self._alive: asyncio.Task[None] | None = None
 
@@ -213,6 +217,7 @@ class KafkaMembership(ConsumerRebalanceListener):  # type: ignore[misc]
         """See `Membership.changed`; empty while partitions are being moved."""
         if self._alive is None:
             await _started(self._consumer)
+            await self._until_known()
             self._consumer.subscribe(self._topics, listener=self)
             self._alive = asyncio.create_task(self._keep_alive())
         waiting = asyncio.create_task(self._assignments.get())
@@ -221,6 +226,17 @@ class KafkaMembership(ConsumerRebalanceListener):  # type: ignore[misc]
             return waiting.result()
         waiting.cancel()
         raise Retryable(f"the group was lost: {self._alive.exception()!r}")
+
+    async def _until_known(self) -> None:
+        """Wait for topics that were created a moment ago: a member that joins without knowing their
+        partitions is assigned none of them. Raises Retryable when they don't come."""
+        for _ in range(_KNOWN_ATTEMPTS):
+            known = await self._consumer.topics()
+            missing = sorted(set(self._topics) - known)
+            if not missing:
+                return
+            await asyncio.sleep(_KNOWN_WAIT_S)
+        raise Retryable(f"Kafka does not know {', '.join(missing)} (yet)")
 
     async def on_partitions_revoked(self, revoked: Any) -> None:
         """The group is being rebalanced: own nothing until it is done."""
@@ -277,23 +293,28 @@ class KafkaAdmin:
                     f"{topic.name} has {counts[topic.name]} partitions, the catalogue says"
                     f" {topic.partitions}; keys would move: create {topic.name} under a new version"
                 )
-        if missing:
-            wanted = [
-                NewTopic(
-                    topic.name,
-                    topic.partitions,
-                    self._replication,
-                    topic_configs=topic.broker_settings(),
-                )
-                for topic in missing
-            ]
-            answer = await client.create_topics(wanted)
-            errors = {
-                entry[0]: entry[1:] for entry in answer.topic_errors if entry[1] not in (0, 36)
-            }
-            if errors:
-                raise Fatal(f"the broker refused to create topics: {errors}")
-        return [topic.name for topic in missing]
+        return await self._create(client, missing) if missing else []
+
+    async def _create(self, client: Any, missing: Sequence[Topic]) -> list[str]:
+        """The names created; not those that another process, or a late list, was behind on."""
+        wanted = [
+            NewTopic(
+                topic.name,
+                topic.partitions,
+                self._replication,
+                topic_configs=topic.broker_settings(),
+            )
+            for topic in missing
+        ]
+        answer = await client.create_topics(wanted)
+        errors = {
+            entry[0]: entry[1:]
+            for entry in answer.topic_errors
+            if entry[1] not in (0, _ALREADY_EXISTS)
+        }
+        if errors:
+            raise Fatal(f"the broker refused to create topics: {errors}")
+        return [entry[0] for entry in answer.topic_errors if entry[1] == 0]
 
     async def ends(self, topics: Sequence[str]) -> dict[TopicPartition, int]:
         """See `Admin.ends`. Raises Retryable for a topic that has no partitions (yet)."""

@@ -107,6 +107,8 @@ class Mesh:
 
     def ready(self, service: str) -> bool:
         """Whether a service says that it can do its work."""
+        if self.process(service).running() is None:
+            return False  # whatever answers on its port is another mesh's
         try:
             return httpx.get(f"{self.url(service)}/ready", timeout=2.0).status_code == 200
         except httpx.TransportError:

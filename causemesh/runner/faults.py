@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 
+import structlog
+
 from causemesh.clock import Clock
 from causemesh.errors import Fatal, MeshError, Poison, Retryable
 from causemesh.runner.batch import Batch, Processor
 from causemesh.runner.deadletters import DeadRows, raw_rows
 from causemesh.runner.stage import Limits
 
+_log = structlog.get_logger(__name__)
 Attempt = Callable[[Sequence[Batch], DeadRows], Awaitable[None]]
 Rehearse = Callable[[Sequence[Batch]], Awaitable[None]]
 
@@ -49,11 +52,13 @@ class Faults:
             except Retryable as error:
                 if processor.stateful or self._stopping():
                     raise
+                _log.warning("unit_waits", reason=str(error))
                 await self._clock.sleep(error.retry_after)
             except MeshError:
                 raise
             except Exception as error:
                 failures += 1
+                _log.warning("unit_failed", reason=repr(error), failures=failures)
                 if processor.stateful:
                     raise Fatal(f"unknown error: {error!r}") from error
                 if failures < self._limits.attempts:

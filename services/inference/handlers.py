@@ -55,9 +55,14 @@ class Predict:
     async def _one(self, batch: Batch) -> Outgoing:
         tasks = batch.frame
         made = Outcomes.of(tasks, self._clock.now_us())
-        async with asyncio.TaskGroup() as calls:
-            for model, version, rows in groups(tasks, np.flatnonzero(made.open), self._max_batch):
-                calls.create_task(self._call(tasks, made, model, version, rows))
+        calls = [
+            self._call(tasks, made, model, version, rows)
+            for model, version, rows in groups(tasks, np.flatnonzero(made.open), self._max_batch)
+        ]
+        # Not a task group: it would hide a Retryable in a group that the runner does not know.
+        for failure in await asyncio.gather(*calls, return_exceptions=True):
+            if failure is not None:
+                raise failure
         frame = made.frame(tasks, self._lane, self._clock.now_us())
         self._count(frame)
         keys: list[bytes | None] = [name.encode() for name in frame["request_id"].to_list()]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import uuid
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
@@ -13,13 +15,16 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from causemesh.admin import Problem
 from causemesh.bus.base import Producer
-from causemesh.client import Client
+from causemesh.client import REQUESTS, Client
+from causemesh.codec.rows import RowEncoder
 from causemesh.errors import Misdeclared
 from causemesh.log import LogReader
-from services.ingest.domain import REASONS
+from services.ingest.domain import MAX_VALUE_BYTES, REASONS
 from services.ingest.rejects import RejectFilter, Rejects
 from services.ingest.replies import PREDICTIONS, Replies, Reply
 from services.ingest.settings import IngestSettings
+
+_NOT_BLANK = r"\S"
 
 
 class CloudEvent(BaseModel):
@@ -28,10 +33,10 @@ class CloudEvent(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     specversion: Literal["1.0"]
-    id: str = Field(min_length=1)
+    id: str = Field(pattern=_NOT_BLANK)
     source: str = Field(min_length=1)
     type: str = Field(min_length=1, description="The event type, as in the project's catalogue.")
-    tenantid: str = Field(min_length=1)
+    tenantid: str = Field(pattern=_NOT_BLANK)
     time: datetime | None = None
     data: dict[str, Any]
 
@@ -50,12 +55,12 @@ class PredictionAsk(BaseModel):
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
-    tenant_id: str = Field(min_length=1)
+    tenant_id: str = Field(pattern=_NOT_BLANK)
     model: str = Field(min_length=1)
     version: int | None = None
     entities: dict[str, str | None] = Field(default_factory=dict)
     inputs: dict[str, float | None] = Field(default_factory=dict)
-    request_id: str = Field(default_factory=lambda: str(uuid.uuid4()), min_length=1)
+    request_id: str = Field(default_factory=lambda: str(uuid.uuid4()), pattern=_NOT_BLANK)
     occurred_at: datetime | None = None
     mode: Literal["live", "replay"] = "live"
     expires_at: datetime | None = None
@@ -181,30 +186,49 @@ def _parsed(body: bytes, limit: int) -> list[CloudEvent]:
 def _checked(client: Client, events: list[CloudEvent]) -> dict[str, list[dict[str, Any]]]:
     """Rows by event type. Raises Problem naming every event that does not fit."""
     rows: dict[str, list[dict[str, Any]]] = {}
-    errors: list[dict[str, Any]] = []
+    encoders = {
+        kind.name: _encoder(client, kind.inbox) for kind in client.catalogue.event_types.values()
+    }
+    refused: dict[int, Problem] = {}
     for number, event in enumerate(events):
-        kind = client.catalogue.event_types.get(event.type)
-        if kind is None:
-            known = sorted(client.catalogue.event_types)
-            errors.append({"index": number, "message": f"unknown type {event.type!r}: {known}"})
-            continue
         row = event.row()
         try:
-            client.check(kind.name, row)
-        except ValueError as error:
-            errors.append({"index": number, "message": str(error)})
-            continue
-        rows.setdefault(kind.name, []).append(row)
-    if errors:
-        raise Problem(422, "invalid", errors[0]["message"], errors=errors)
+            if event.type not in encoders:
+                known = sorted(encoders)
+                raise Problem(422, "invalid", f"unknown type {event.type!r}: {known}")
+            _check(encoders[event.type], row, row)
+        except Problem as problem:
+            refused[number] = problem
+        else:
+            rows.setdefault(event.type, []).append(row)
+    if refused:
+        first = next(iter(refused.values()))
+        errors = [{"index": at, "message": one.detail} for at, one in refused.items()]
+        raise Problem(first.status, first.kind, first.detail, errors=errors)
     return rows
 
 
-async def _send(client: Client, ask: PredictionAsk) -> None:
+def _encoder(client: Client, topic: str) -> RowEncoder:
+    return RowEncoder(client.catalogue.topic(topic).record, 0)
+
+
+def _check(encoder: RowEncoder, row: dict[str, Any], numbers: Mapping[str, Any]) -> None:
+    """Raise Problem for a row that does not fit, or whose record the door would refuse anyway."""
     try:
-        await client.request([ask.row()])
+        size = len(encoder.encode(row))
     except ValueError as error:
         raise Problem(422, "invalid", str(error)) from error
+    if size > MAX_VALUE_BYTES:
+        raise Problem(413, "oversize", f"a record of {size} bytes, at most {MAX_VALUE_BYTES}")
+    for name, value in numbers.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise Problem(422, "not_a_number", f"{name}: {REASONS['not_a_number']}")
+
+
+async def _send(client: Client, ask: PredictionAsk) -> None:
+    row = ask.row()
+    _check(_encoder(client, REQUESTS), row, ask.inputs)
+    await client.request([row])
 
 
 def _outcome(reply: Reply) -> dict[str, Any]:

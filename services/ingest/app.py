@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from causemesh.client import REQUESTS, Client
+from causemesh.codec.decode import Decoder
 from causemesh.log import LogReader
 from causemesh.runner import Limits, Stage
 from causemesh.service import open_service, run_process
 from services.ingest.api import routes
-from services.ingest.domain import Rules
+from services.ingest.domain import MAX_VALUE_BYTES, Rules
 from services.ingest.handlers import REJECTS, Door, target_of
 from services.ingest.pruning import Pruner
 from services.ingest.replies import Replies
@@ -23,6 +24,10 @@ async def main() -> None:
     settings = IngestSettings()
     async with open_service("ingest", settings) as service:
         catalogue = service.catalogue
+        everything, service.decoder = (
+            service.decoder,
+            Decoder(service.registry, max_value_bytes=MAX_VALUE_BYTES),
+        )
         inboxes = (REQUESTS, *(kind.inbox for kind in catalogue.event_types.values()))
         writes = (*map(target_of, inboxes), REJECTS)
         stage = Stage("ingest", GROUP, inboxes, writes)
@@ -41,8 +46,8 @@ async def main() -> None:
             Limits(max_records=10_000),
         )
         client = Client(catalogue, service.registry, service.producer())
-        log = LogReader(service.bus, catalogue, service.decoder)
-        replies = Replies(service.bus, catalogue, service.decoder)
+        log = LogReader(service.bus, catalogue, everything)
+        replies = Replies(service.bus, catalogue, everything)
         pruner = Pruner(
             ids,
             service.store,

@@ -12,9 +12,15 @@ import polars as pl
 
 Int64s = npt.NDArray[np.int64]
 UNKNOWN_TENANT = "-"
+MAX_VALUE_BYTES = 1_000_000
+"""The largest record that is let in. What is made from it has a longer envelope, and every reader
+of the mesh takes 1 MiB at most."""
+_MAX_KEY_BYTES = 4_096
+_MAX_NAME = 1_024
+_LEFT_OUT = "; too large to be kept here: the cause says where it lies"
 
 REASONS = {
-    "oversize": "a value is larger than 1 MiB",
+    "oversize": f"a value is larger than {MAX_VALUE_BYTES} bytes",
     "unknown_schema": "the schema id is not at the registry, or its schema is refused",
     "not_framed": "the value does not start with a zero byte and a schema id",
     "wrong_record": "the value holds another record than the topic's",
@@ -102,20 +108,35 @@ def reject_columns(
     values: Sequence[bytes | None],
     appended_us: Int64s,
 ) -> pl.DataFrame:
-    """The columns of EventRejected, in raw row order."""
+    """The columns of EventRejected, in raw row order.
+
+    A reject must be readable itself: bytes that are too many for that are left out.
+    """
     rows = sorted(refused.rows)
     nobody = (UNKNOWN_TENANT, None)
     claims = [refused.claimed.get(row, nobody) for row in rows]
+    kept_keys = [_kept(keys[row], _MAX_KEY_BYTES) for row in rows]
+    kept_values = [_kept(values[row], MAX_VALUE_BYTES) for row in rows]
+    details = [
+        refused.rows[row][1] + ("" if (key, value) == (keys[row], values[row]) else _LEFT_OUT)
+        for row, key, value in zip(rows, kept_keys, kept_values, strict=True)
+    ]
     return pl.DataFrame(
         {
             "tenant_id": pl.Series(
-                [tenant or UNKNOWN_TENANT for tenant, _ in claims], dtype=pl.String
+                [(tenant or UNKNOWN_TENANT)[:_MAX_NAME] for tenant, _ in claims], dtype=pl.String
             ),
             "occurred_at": pl.Series(appended_us[rows]).cast(pl.Datetime("us", "UTC")),
             "reason": pl.Series([refused.rows[row][0] for row in rows], dtype=pl.String),
-            "detail": pl.Series([refused.rows[row][1] for row in rows], dtype=pl.String),
-            "claimed_id": pl.Series([claim for _, claim in claims], dtype=pl.String),
-            "original_key": pl.Series([keys[row] for row in rows], dtype=pl.Binary),
-            "original_value": pl.Series([values[row] for row in rows], dtype=pl.Binary),
+            "detail": pl.Series(details, dtype=pl.String),
+            "claimed_id": pl.Series(
+                [claim and claim[:_MAX_NAME] for _, claim in claims], dtype=pl.String
+            ),
+            "original_key": pl.Series(kept_keys, dtype=pl.Binary),
+            "original_value": pl.Series(kept_values, dtype=pl.Binary),
         }
     )
+
+
+def _kept(part: bytes | None, at_most: int) -> bytes | None:
+    return part if part is not None and len(part) <= at_most else None

@@ -59,12 +59,14 @@ class Rejects:
     async def replay(self, chosen: RejectFilter, *, dry_run: bool = False) -> int:
         """Write the original bytes to their inbox topics again; returns how many.
 
-        What was refused again lands in the rejects once more.
+        What was refused again lands in the rejects once more. A reject without its bytes (it was
+        too large, or a tombstone) stays where it is.
         """
         count = 0
-        async for frame in self._frames(chosen):
+        async for found in self._frames(chosen):
+            frame = found.filter(pl.col("original_value").is_not_null())
             count += frame.height
-            if not dry_run:
+            if frame.height and not dry_run:
                 await self._producer.send(self._originals(frame))
         return count
 
@@ -79,6 +81,6 @@ class Rejects:
         inboxes = frame.with_columns(pl.col("cause").struct.field("topic").alias("inbox"))
         for (inbox,), part in inboxes.group_by("inbox", maintain_order=True):
             topic = self._catalogue.topic(str(inbox))
-            values = [value or b"" for value in part["original_value"]]
-            sends += outbound(topic, part["original_key"].to_list(), values)
+            keys, values = (part[f"original_{name}"].to_list() for name in ("key", "value"))
+            sends += outbound(topic, keys, values)
         return sends

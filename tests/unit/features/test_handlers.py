@@ -1,0 +1,369 @@
+"""The joining processor: a replay's tasks depend on the logs alone, and leave by position."""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from causemesh.bus.base import RawBatch
+from causemesh.catalogue import Catalogue
+from causemesh.clock import SystemClock
+from causemesh.codec.columns import frame_schema
+from causemesh.errors import Poison
+from causemesh.runner import NEVER, Batch
+from services.features.domain.parsing import parse_views
+from services.features.handlers import (
+    REQUESTS,
+    ROLLOUTS,
+    VECTORS,
+    VERSIONS,
+    Join,
+    Plan,
+    Rekey,
+    source_numbers,
+    tasks_topic,
+)
+from services.features.rekeying import INPUTS
+from tests.unit.features.reference import Event, expected
+
+MS = 1_000
+SLICE_US = 10 * MS
+FOREVER = 10**12
+EVENTS = "events.reading"
+CATALOGUE = Catalogue.load([Path(__file__).parents[3] / "tests" / "project"])
+VIEWS = parse_views(
+    {
+        "views": {
+            "own": {
+                "event": "reading",
+                "entity": "sensor",
+                "features": {"*": ["count 40ms"], "value": ["mean 20ms", "latest"]},
+                "tile": "10ms",
+            },
+            "moved": {
+                "event": "reading",
+                "entity": "site",
+                "placement": "rekeyed",
+                "features": {"value": ["sum 40ms", "last 20ms"]},
+                "tile": "10ms",
+            },
+            "shared": {
+                "event": "reading",
+                "entity": "site",
+                "scope": "shared",
+                "placement": "broadcast",
+                "features": {"value": ["max 40ms"]},
+                "tile": "10ms",
+            },
+        }
+    }
+)
+PLAN = Plan.of(VIEWS)
+FEATURES = [name for view in VIEWS for name in view.feature_names]
+SIGNATURES = {1: [*FEATURES, "input.x"], 2: ["input.x", "shared.value_max_40ms"]}
+Log = list[dict[str, Any]]
+Source = tuple[str, int]
+
+
+def join(publish_seconds: float | None = None) -> Join:
+    clock = SystemClock()
+    return Join(PLAN, CATALOGUE, 0, slice_us=SLICE_US, clock=clock, publish_seconds=publish_seconds)
+
+
+def batch(source: Source, rows: Sequence[Mapping[str, Any]], start: int) -> Batch:
+    topic, partition = source
+    record = CATALOGUE.topic(topic).record
+    cause = {"topic": "inbox", "partition": partition, "index": 0, "origin": None}
+    whole = [
+        {
+            "event_id": f"{start + n}",
+            "tenant_id": "t",
+            "cause": {**cause, "position": start + n},
+            **row,
+        }
+        for n, row in enumerate(rows)
+    ]
+    names = [one["name"] for one in record["fields"]]
+    frame = pl.DataFrame(
+        [[row.get(name) for name in names] for row in whole],
+        schema=frame_schema(record),
+        orient="row",
+    )
+    positions = np.arange(start, start + len(rows))
+    raw = RawBatch(topic, partition, positions, [b"k"] * len(rows), [b""] * len(rows), positions)
+    return Batch(topic, partition, frame, np.arange(len(rows)), raw)
+
+
+@dataclass
+class World:
+    """The logs of two event partitions, what re-keying makes of them, and requests."""
+
+    seed: int
+    mode: str
+    logs: dict[Source, Log] = field(default_factory=dict)
+
+    async def make(self) -> World:
+        rng = random.Random(self.seed)
+        for partition in (0, 1):
+            times = sorted(rng.randrange(0, 120) * MS for _ in range(25))
+            times.sort(key=lambda at: at + rng.randint(0, 15) * MS)
+            self.logs[EVENTS, partition] = [self._event(rng, at) for at in times]
+        self.logs[INPUTS, 0] = [row async for row in self._rekeyed()]
+        times = [rng.randrange(0, 130) * MS for _ in range(20)]
+        self.logs[REQUESTS, 0] = [self._request(rng, at) for at in times]
+        return self
+
+    @staticmethod
+    def _event(rng: random.Random, at_us: int) -> dict[str, Any]:
+        value = rng.choice([None, round(rng.gauss(0, 5), 3)])
+        site = rng.choice(["n", "s", None])
+        return {"occurred_at": at_us, "sensor": rng.choice("ab"), "site": site, "value": value}
+
+    def _request(self, rng: random.Random, at_us: int) -> dict[str, Any]:
+        entities = {"sensor": rng.choice(["a", "b", None]), "site": rng.choice("ns")}
+        return {
+            "occurred_at": at_us,
+            "model": "m",
+            "version": rng.choice([1, 2, 2, 7]),
+            "mode": self.mode,
+            "entities": [{"name": name, "value": value} for name, value in entities.items()],
+            "inputs": rng.choice([[], [{"name": "x", "value": float(at_us)}]]),
+        }
+
+    async def _rekeyed(self) -> Any:
+        processor = Rekey(VIEWS, source_numbers(CATALOGUE))
+        for partition in (0, 1):
+            unit = batch((EVENTS, partition), self.logs[EVENTS, partition], 0)
+            (out,) = (await processor.process([unit], 0, None)).outgoing
+            for row, position in zip(out.frame.to_dicts(), out.positions.tolist(), strict=True):
+                cause = {"topic": EVENTS, "partition": partition, "position": position}
+                at_us = row["occurred_at"]
+                yield {**row, "occurred_at": at_us, "cause": {**cause, "index": 0, "origin": None}}
+
+    def units(self, rng: random.Random) -> Iterator[tuple[list[Batch], int]]:
+        """The logs cut and interleaved at random, with the watermark that the rest allows."""
+        at = dict.fromkeys(self.logs, 0)
+        while any(at[source] < len(log) for source, log in self.logs.items()):
+            batches = []
+            for source in rng.sample(sorted(self.logs), rng.randint(1, len(self.logs))):
+                rows = self.logs[source][at[source] : at[source] + rng.randint(1, 6)]
+                if rows:
+                    batches.append(batch(source, rows, at[source]))
+                    at[source] += len(rows)
+            rest = [
+                _us(row["occurred_at"])
+                for source, log in self.logs.items()
+                for row in log[at[source] :]
+            ]
+            yield batches, min(rest, default=FOREVER)
+        yield [], FOREVER
+
+    async def tasks(self, order: int, restores: float = 0.0) -> list[tuple[Any, ...]]:
+        """What is emitted: position, version, vector, failure. Restarts where chance says."""
+        rng = random.Random(order)
+        processor = join()
+        await processor.process([registrations()], NEVER, None)
+        emitted: list[tuple[Any, ...]] = []
+        for batches, watermark_us in self.units(rng):
+            emission = await processor.process(batches, watermark_us, None)
+            for part in emission.outgoing:
+                assert part.topic == tasks_topic("realtime")
+                columns = part.frame.select("version", "vector", "failure").rows()
+                emitted += [
+                    (at, *row) for at, row in zip(part.positions.tolist(), columns, strict=True)
+                ]
+            if rng.random() < restores:
+                saved = processor.snapshot()
+                processor = join()
+                processor.restore(saved)
+        return emitted
+
+    def answers(self) -> list[tuple[Any, ...]]:
+        """The pure answer to each request, in position order."""
+        return [
+            (position, *self._answer(row)) for position, row in enumerate(self.logs[REQUESTS, 0])
+        ]
+
+    def _answer(self, request: dict[str, Any]) -> tuple[Any, ...]:
+        version = request["version"]
+        if version not in SIGNATURES:
+            return version, b"", f"unknown_model: no version m@{version}"
+        as_of_us = request["occurred_at"] // SLICE_US * SLICE_US
+        named = {one["name"]: one["value"] for one in request["entities"]}
+        numbers = {"input.x": next((one["value"] for one in request["inputs"]), np.nan)}
+        for view in VIEWS:
+            entity = named[view.request_entity[0]]
+            found = expected(view, self._events(view), entity, as_of_us)
+            numbers |= dict(zip(view.feature_names, found, strict=True))
+        vector = np.array([numbers[name] for name in SIGNATURES[version]], "<f4")
+        missing = version == 1 and np.isnan(vector[-1])
+        return version, vector.tobytes(), "missing_feature: input.x" if missing else None
+
+    def _events(self, view: Any) -> list[Event]:
+        number = source_numbers(CATALOGUE)
+        partitions = (0,) if view.placement == "partitioned" else (0, 1)
+        return [
+            Event(
+                row[view.entity[0]],
+                row["occurred_at"],
+                number(EVENTS, partition),
+                position,
+                (row["value"],),
+            )
+            for partition in partitions
+            for position, row in enumerate(self.logs[EVENTS, partition])
+        ]
+
+
+def _us(instant: Any) -> int:
+    return instant if isinstance(instant, int) else round(instant.timestamp() * 1e6)
+
+
+def registrations() -> Batch:
+    """Two versions of model m; the first asks for its input."""
+    rows = [
+        {
+            "model": "m",
+            "version": version,
+            "lane": "realtime",
+            "features": features,
+            "required": ["input.x"] if version == 1 else [],
+            "artefact_sha256": "sha",
+            "reference": [],
+            "metrics": [],
+            "sequence": version,
+            "occurred_at": 0,
+        }
+        for version, features in SIGNATURES.items()
+    ]
+    return batch((VERSIONS, 0), rows, 0)
+
+
+seeds = st.integers(0, 2**32)
+
+
+@settings(deadline=None, max_examples=6)
+@given(seeds, seeds)
+async def test_a_replay_is_the_pure_answer_in_any_interleaving(seed: int, order: int) -> None:
+    world = await World(seed, "replay").make()
+    answers = world.answers()
+    assert await world.tasks(order) == answers
+    assert await world.tasks(order + 1) == answers
+
+
+@settings(deadline=None, max_examples=5)
+@given(seeds, seeds)
+async def test_restarts_in_the_middle_do_not_show(seed: int, order: int) -> None:
+    world = await World(seed, "replay").make()
+    assert await world.tasks(order, restores=0.5) == world.answers()
+
+
+async def test_live_requests_see_what_has_come_and_so_differ() -> None:
+    """The control of the two above: the interleavings are different indeed."""
+    world = await World(1, "live").make()
+    one, other = await world.tasks(1), await world.tasks(2)
+    assert [row[0] for row in one] == [row[0] for row in other] == list(range(20))
+    assert one != other
+    assert await world.tasks(1, restores=0.5) == await world.tasks(1, restores=0.5)
+
+
+def live(position: int, **more: Any) -> Batch:
+    """One live request, after 100 ms."""
+    row = {"occurred_at": 100 * MS, "model": "m", "version": 2, "mode": "live", "entities": []}
+    return batch(
+        (REQUESTS, 0), [{**row, "inputs": [{"name": "x", "value": 1.0}], **more}], position
+    )
+
+
+def event(value: float, at_us: int, position: int, site: str = "n") -> Batch:
+    row = {"occurred_at": at_us, "sensor": "a", "site": site, "value": value}
+    return batch((EVENTS, 1), [row], position)
+
+
+def vectors(emission: Any) -> list[list[float]]:
+    return [
+        np.frombuffer(vector, "<f4").tolist()
+        for part in emission.outgoing
+        for vector in part.frame["vector"]
+    ]
+
+
+async def test_a_live_request_sees_what_was_applied_before_it() -> None:
+    processor = join()
+    await processor.process([registrations()], NEVER, None)
+    asked = {"entities": [{"name": "site", "value": "n"}]}
+    ((x, unseen),) = vectors(await processor.process([live(0, **asked)], 0, None))
+    assert (x, np.isnan(unseen)) == (1.0, True)
+    together = [live(1, **asked), event(5.0, 90 * MS, 0)]
+    assert vectors(await processor.process(together, 0, None)) == [[1.0, 5.0]]
+    # An event after the request's own time is not seen, though it is here.
+    await processor.process([event(9.0, 101 * MS, 1)], 0, None)
+    assert vectors(await processor.process([live(2, **asked)], 0, None)) == [[1.0, 5.0]]
+
+
+async def test_failures_leave_in_position_order_too() -> None:
+    """A held replay request holds back what is behind it, whatever became of that."""
+    processor = join()
+    await processor.process([registrations()], NEVER, None)
+    held = await processor.process([live(0, mode="replay")], 0, None)
+    behind = [live(1, version=9), live(2, version=1, inputs=[]), live(3)]
+    later = await processor.process(behind, 0, None)
+    assert [*held.outgoing, *later.outgoing] == []
+    assert later.promises == {REQUESTS: 0}
+    free = await processor.process([], 100 * MS, None)
+    (tasks,) = free.outgoing
+    assert tasks.positions.tolist() == [0, 1, 2, 3]
+    assert tasks.frame["failure"].to_list() == [
+        None,
+        "unknown_model: no version m@9",
+        "missing_feature: input.x",
+        None,
+    ]
+    assert free.promises == {REQUESTS: 100 * MS}
+
+
+async def test_a_schedule_from_the_log_answers_as_of_the_request() -> None:
+    processor = join()
+    schedule = [{"version": 2, "effective_at": 100 * MS}, {"version": 1, "effective_at": 50 * MS}]
+    row = {"model": "m", "schedule": schedule, "sequence": 3, "occurred_at": 0}
+    learned = [registrations(), batch((ROLLOUTS, 0), [row], 0)]
+    await processor.process(learned, NEVER, None)
+    times = [live(n, version=None, occurred_at=at * MS) for n, at in enumerate((49, 50, 99, 100))]
+    (tasks,) = (await processor.process(times, 0, None)).outgoing
+    assert tasks.frame["version"].to_list() == [0, 1, 1, 2]
+
+
+async def test_the_current_vector_is_published_with_its_cause() -> None:
+    processor = join(publish_seconds=0)
+    both = [("a", 7), ("b", 8), ("c", 9), ("d", 10)]
+    for site, position in both:
+        early = await processor.process([event(5.0, 90 * MS, position, site)], 0, None)
+        assert early.outgoing == []  # not applied yet
+    emission = await processor.process([event(6.0, 95 * MS, 11, "a")], 100 * MS, None)
+    (part,) = [part for part in emission.outgoing if part.frame["view"][0] == "shared@v1"]
+    # Of an entity that every partition holds, one publishes.
+    mine = {site for site, _ in both if zlib.crc32(f"shared@v1\x1f{site}".encode()) % 4 == 0}
+    assert set(part.frame["entity"]) == mine != set()
+    assert (part.topic, part.cause_topic, part.cause_partition) == (VECTORS, EVENTS, 1)
+    assert set(part.positions.tolist()) == {11}
+    assert set(part.frame["sequence"].to_list()) == {100 * MS}
+
+
+async def test_a_row_that_a_view_cannot_take_is_poison_before_anything_is_taken() -> None:
+    processor = join()
+    await processor.process([registrations()], NEVER, None)
+    before = processor.snapshot()
+    with pytest.raises(Poison) as poison:
+        await processor.process([live(0), event(1e30, 90 * MS, 0)], 200 * MS, None)
+    assert (poison.value.batch, list(poison.value.rows)) == (1, [0])
+    assert processor.snapshot() == before

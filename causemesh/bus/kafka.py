@@ -97,7 +97,7 @@ class KafkaReader:
             enable_auto_commit=False,
             auto_offset_reset="none",
             max_partition_fetch_bytes=4 << 20,
-            fetch_max_wait_ms=100,
+            fetch_max_wait_ms=500,
         )
         await _started(consumer)
         partitions = {key: KafkaPartition(*key) for key in self._after}

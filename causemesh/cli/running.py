@@ -21,6 +21,7 @@ from causemesh.provision import create_topics, register
 
 Progress = Callable[[str, str], None]
 DEMO = "examples.flights.demo"
+_PARTITIONS = "CAUSEMESH_PARTITIONS"
 
 
 def servers() -> tuple[str, ...]:
@@ -32,16 +33,20 @@ def servers() -> tuple[str, ...]:
 def up(home: Path, project: Path, progress: Progress, *, partitions: int | None = None) -> Mesh:
     """Start servers, topics, schemas and services; what runs already is left alone.
 
-    `partitions` is the default partition count of topics; it can't change once they exist.
+    `partitions` is the default partition count of topics; it can't change once they exist, so the
+    one given at first is kept.
     """
     if not (project / "catalogue.yaml").exists():
         raise Misdeclared(f"{project} is no project: it has no catalogue.yaml")
+    before = mesh_of(home)
+    if partitions is None and before is not None and _PARTITIONS in before.extra:
+        partitions = int(before.extra[_PARTITIONS])
     endpoints = Cluster(home, servers()).up(progress)
     mesh = Mesh(home, endpoints, project)
     progress("topics", "declaring")
     asyncio.run(provision(endpoints, project, partitions))
     if partitions is not None:
-        mesh.extra["CAUSEMESH_PARTITIONS"] = str(partitions)
+        mesh.extra[_PARTITIONS] = str(partitions)
     mesh.up(progress)
     return mesh
 

@@ -14,7 +14,7 @@ class Limits:
     """Bounds of a worker. Times are in seconds."""
 
     max_records: int = 5_000
-    max_wait_s: float = 0.2
+    max_wait_s: float = 0.5
     attempts: int = 3
     retry_s: float = 0.2
     commit_every_units: int = 1

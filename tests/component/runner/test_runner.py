@@ -98,14 +98,14 @@ class Mesh:
         membership = self.bus.membership(stage.group, stage.shared)
         return Runner(membership, lambda n: self.worker(stage, processor(), n), SystemClock())
 
-    async def produce(self, count: int) -> None:
+    async def produce(self, count: int, *, offset: int = 0) -> None:
         """Requests from outside, in the external form."""
         encoder = await RegistryEncoders(self.registry).encoder(
             self.inbox.subject, self.inbox.record
         )
         frame = pl.DataFrame(
             {
-                "event_id": [f"r{n}" for n in range(count)],
+                "event_id": [f"r{offset + n}" for n in range(count)],
                 "tenant_id": ["t"] * count,
                 "occurred_at": pl.Series(range(count)).cast(pl.Datetime("us", "UTC")),
                 "model": ["m"] * count,
@@ -141,7 +141,7 @@ class Plain:
         """No state."""
 
 
-def door(target: str) -> type[Plain]:
+def door_to(target: str) -> type[Plain]:
     class Door(Plain):
         async def process(self, batches: Sequence[Batch], watermark_us: int, tx: Any) -> Emission:
             return Emission([self._pass(batch) for batch in batches])
@@ -180,6 +180,12 @@ async def until(mesh: Mesh, count: int, timeout_s: float = 60) -> list[str]:
     return found
 
 
+def shared(one: Runner, other: Runner) -> bool:
+    """Whether both own partitions, and together all of them."""
+    owned = sorted([*one.workers, *other.workers])
+    return bool(one.workers) and bool(other.workers) and owned == [0, 1, 2, 3]
+
+
 async def crash(task: asyncio.Task[None]) -> None:
     """Cancel at whatever await it is in: nothing after that point happens."""
     task.cancel()
@@ -194,16 +200,40 @@ async def test_crashes_lose_and_double_nothing(mesh: Mesh) -> None:
     await mesh.produce(COUNT)
     expected = sorted(f"r{n}" for n in range(COUNT))
     for pause in (0.6, 0.9, 1.3):
-        runners = [mesh.runner(mesh.sink, Sink), mesh.runner(mesh.door, door(mesh.facts.name))]
+        runners = [mesh.runner(mesh.sink, Sink), mesh.runner(mesh.door, door_to(mesh.facts.name))]
         tasks = [asyncio.create_task(runner.run()) for runner in runners]
         await asyncio.sleep(pause)
         for task in tasks:
             await crash(task)
         await mesh.producer.close()
-    last = [mesh.runner(mesh.sink, Sink), mesh.runner(mesh.door, door(mesh.facts.name))]
+    last = [mesh.runner(mesh.sink, Sink), mesh.runner(mesh.door, door_to(mesh.facts.name))]
     tasks = [asyncio.create_task(runner.run()) for runner in last]
     assert await until(mesh, COUNT) == expected
     for runner in last:
+        runner.stop()
+    await asyncio.gather(*tasks)
+    assert await mesh.effects() == expected
+    await mesh.producer.close()
+
+
+async def test_members_that_come_and_go_lose_and_double_nothing(mesh: Mesh) -> None:
+    """A second member takes half of the partitions, the first leaves, a third comes."""
+    door = mesh.runner(mesh.door, door_to(mesh.facts.name))
+    first, second, third = (mesh.runner(mesh.sink, Sink) for _ in range(3))
+    tasks = [asyncio.create_task(runner.run()) for runner in (door, first)]
+    await mesh.produce(COUNT)
+    await until(mesh, COUNT // 4)
+    tasks.append(asyncio.create_task(second.run()))
+    async with asyncio.timeout(30):
+        while not shared(first, second):  # noqa: ASYNC110 - polls a group
+            await asyncio.sleep(0.1)
+    await mesh.produce(COUNT, offset=COUNT)
+    first.stop()
+    await asyncio.sleep(0.2)
+    tasks.append(asyncio.create_task(third.run()))
+    expected = sorted(f"r{n}" for n in range(2 * COUNT))
+    assert await until(mesh, 2 * COUNT) == expected
+    for runner in (door, second, third):
         runner.stop()
     await asyncio.gather(*tasks)
     assert await mesh.effects() == expected

@@ -326,8 +326,7 @@ def main() -> int:
         if stay:
             _look_around(mesh, summary, out)
     finally:
-        if not stay:
-            running.down(home)
+        running.down(home, out.progress)
     return 0 if summary["passed"] else 1
 
 
@@ -341,7 +340,6 @@ def _look_around(mesh: Mesh, summary: dict[str, Any], out: Output) -> None:
     with suppress(KeyboardInterrupt):
         while True:
             time.sleep(3600)
-    running.down(mesh.home, out.progress)
 
 
 if __name__ == "__main__":

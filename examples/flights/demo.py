@@ -347,3 +347,5 @@ if __name__ == "__main__":
         sys.exit(main())
     except (Fatal, Misdeclared) as error:
         sys.exit(f"demo: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -7,7 +7,7 @@ export POLARS_MAX_THREADS := 1
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test demo down unit component e2e lint types imports docs lock clean
+.PHONY: help setup test demo down unit pure simulation component e2e lint types imports docs lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,8 +28,14 @@ demo: $(STAMP) ## Real flights through the whole mesh (DEMO_MONTHS=3, DEMO_EXIT=
 down: $(STAMP) ## Stop what `make demo` left running
 	$(BIN)/causemesh down
 
-unit: $(STAMP) ## Pure tests and the protocol simulation
-	$(BIN)/python -m pytest tests/unit tests/contract -v
+unit: $(STAMP) ## Pure tests and the protocol simulation, side by side
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=line pure simulation
+
+pure: $(STAMP)
+	$(BIN)/python -m pytest tests/unit tests/contract --ignore=tests/unit/simulation
+
+simulation: $(STAMP)
+	$(BIN)/python -m pytest tests/unit/simulation -v
 
 component: $(STAMP) ## Tests on real servers from package registries
 	$(BIN)/python -m pytest tests/component

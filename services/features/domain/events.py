@@ -124,6 +124,8 @@ def entity_keys(frame: pl.DataFrame, view: FeatureView, columns: Sequence[str]) 
     All parts but the last are escaped, so different parts never make the same key.
     """
     names = [*(["tenant_id"] if view.scope == "tenant" else []), *columns]
+    if len(names) == 1:
+        return frame[names[0]].cast(pl.String).alias("entity")
     parts = [pl.col(name).cast(pl.String) for name in names]
     escaped = [
         part.str.replace_all("\x1e", "\x1e0", literal=True).str.replace_all(

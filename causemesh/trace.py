@@ -64,7 +64,10 @@ class Tracer:
         return next(iter(_nodes(batch)), None) if batch is not None else None
 
     async def find(self, wanted: str, topics: Sequence[str] | None = None) -> list[Node]:
-        """Records that carry the id: as event_id, or in a field that ends in _id or _ids."""
+        """Records that carry the id: as event_id, or in another field that ends in _id.
+
+        A record that was sent again after a crash is found once, where it came first.
+        """
         names = list(topics) if topics is not None else sorted(self._catalogue.topics)
         found = []
         async for raw in self._holding(names, wanted.encode()):
@@ -72,7 +75,7 @@ class Tracer:
             decoded = await self._decoder.decode(raw.values, topic.record)
             batch = Batch(raw.topic, raw.partition, decoded.frame, decoded.rows, raw)
             found += [node for node in _nodes(batch) if _carries(node.record, wanted)]
-        return found
+        return _first_sent(found)
 
     async def _holding(self, topics: Sequence[str], needle: bytes) -> AsyncIterator[RawBatch]:
         """Raw records whose bytes hold `needle`."""
@@ -149,6 +152,15 @@ def _nodes(batch: Batch) -> list[Node]:
         Node(batch.topic, batch.partition, position, record)
         for position, record in zip(batch.positions.tolist(), batch.frame.to_dicts(), strict=True)
     ]
+
+
+def _first_sent(nodes: Sequence[Node]) -> list[Node]:
+    firsts: dict[tuple[str, int, str], Node] = {}
+    for node in sorted(nodes, key=lambda node: (node.topic, node.partition, node.position)):
+        event_id = str(node.record.get("event_id"))
+        in_inbox = f"@{node.position}" if "cause" not in node.record else ""
+        firsts.setdefault((node.topic, node.partition, event_id + in_inbox), node)
+    return list(firsts.values())
 
 
 def _carries(value: Any, wanted: str) -> bool:

@@ -102,7 +102,10 @@ class Admin(Protocol):
         """
 
     async def ends(self, topics: Sequence[str]) -> dict[TopicPartition, int]:
-        """The last written position of every partition, `BEFORE_FIRST` when empty."""
+        """The last written position of every partition, `BEFORE_FIRST` when empty.
+
+        Raises Retryable for a topic that does not exist (yet).
+        """
 
     async def reported(self, group: str) -> dict[TopicPartition, int]:
         """The positions that members of `group` last reported."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from causemesh.bus.base import BEFORE_FIRST, Outbound, RawBatch, TopicPartition
 from causemesh.catalogue import Topic
-from causemesh.errors import Misdeclared
+from causemesh.errors import Misdeclared, Retryable
 
 Step = Callable[[str], Awaitable[None]]
 _POLL_S = 0.005
@@ -191,6 +191,9 @@ class MemoryAdmin:
 
     async def ends(self, topics: Sequence[str]) -> dict[TopicPartition, int]:
         """See `Admin.ends`."""
+        missing = [topic for topic in topics if not self._bus.partition_count(topic)]
+        if missing:
+            raise Retryable(f"this bus does not know {', '.join(sorted(missing))} (yet)")
         return {
             (topic, partition): len(log.values) - 1 if log.values else BEFORE_FIRST
             for (topic, partition), log in self._bus.logs.items()

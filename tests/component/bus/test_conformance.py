@@ -104,6 +104,13 @@ async def test_ends_name_the_last_record(bus: Bus, topic: str) -> None:
     assert ends == {(topic, 0): -1, (topic, 1): -1, (topic, 2): last, (topic, 3): -1}
 
 
+async def test_ends_of_an_unknown_topic_are_retryable(bus: Bus, topic: str) -> None:
+    admin = bus.admin()
+    with pytest.raises(Retryable, match="nowhere"):
+        await admin.ends([topic, "nowhere"])
+    await admin.close()
+
+
 async def test_large_sends_are_split_and_stay_in_order(bus: Bus, topic: str) -> None:
     values = [b"%d" % number + b"." * 300_000 for number in range(20)]
     await write(bus, topic, 0, values)

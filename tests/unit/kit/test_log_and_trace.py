@@ -59,7 +59,7 @@ class Mesh:
 
     def __init__(self) -> None:
         self.bus = MemoryBus()
-        for name in (INBOX, REQUESTS, TASKS, PREDICTIONS, REVIEWS, RUNS):
+        for name in CATALOGUE.topics:
             self.bus.create(name, 2)
         registry = MemoryRegistry()
         self.decoder = Decoder(registry)

@@ -48,13 +48,15 @@ lint: $(STAMP) ## Style
 	$(BIN)/ruff format --check .
 
 types: $(STAMP) ## Static types
-	$(BIN)/mypy causemesh services examples
+	$(BIN)/mypy causemesh services examples deploy/openapi_docs.py
 
 imports: $(STAMP) ## Who may import whom
 	$(BIN)/lint-imports
 
-docs: $(STAMP) ## Make docs/topics.md from the catalogue
+docs: $(STAMP) ## Make docs/topics.md, docs/asyncapi.yaml and docs/openapi from the code
 	$(BIN)/python -m causemesh.catalogue_docs > docs/topics.md
+	$(BIN)/python -m causemesh.asyncapi > docs/asyncapi.yaml
+	$(BIN)/python -m deploy.openapi_docs docs/openapi
 
 lock: $(STAMP) ## Pin every dependency with its hashes
 	$(BIN)/uv pip compile --quiet --generate-hashes --no-header --no-emit-index-url \

@@ -1,8 +1,8 @@
 """The whole mesh on real flights, checked at the end: `make demo`.
 
-Settings: DEMO_MONTHS (default 3), DEMO_EXIT=1 (stop at the end also at a terminal), DEMO_KILL (the
-names of services, by comma, each ended by kill -9 once on the way), DEMO_PARTITIONS (of each topic,
-default 2), CAUSEMESH_HOME (default .causemesh).
+Settings: DEMO_MONTHS (default 3), DEMO_EXIT=1 (stop at the end also at a terminal), DEMO_KILL (by
+comma: services and servers that are ended by kill -9 on the way, and pause:<service>),
+DEMO_PARTITIONS (of each topic, default 2), CAUSEMESH_HOME (default .causemesh).
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from causemesh.cli import running, tracing
 from causemesh.cli.context import Connections, connections
 from causemesh.cli.output import Output
 from causemesh.client import Client, connect
-from causemesh.errors import Fatal, Misdeclared
+from causemesh.errors import Fatal, Misdeclared, Retryable
 from causemesh.local.mesh import Mesh
 from examples.flights import checking, model, probing, training
 from examples.flights.checking import Check
 from examples.flights.dataset import Defects, Replay, load, slices, with_defects
+from examples.flights.disturbing import Disturbances
 from examples.flights.following import Outcomes
 from examples.flights.waiting import Waiting
 
@@ -144,17 +145,14 @@ class Demo:
     async def _follow(self, mesh: Mesh, outcomes: Outcomes, began: float) -> None:
         """Show progress, watch memory, and kill what is to be killed on the way."""
         self._sent, requests = 0, self._story.replay.requests.height
-        marks = [(k + 1) / (len(self._story.kill) + 1) for k in range(len(self._story.kill))]
-        doomed = list(zip(marks, self._story.kill, strict=True))
+        disturbances = Disturbances(self._story.kill, mesh, self._out.progress)
         shown = 0.0
         while True:
-            await outcomes.catch_up()
+            with suppress(Retryable):  # the broker is away: the next round reads on
+                await outcomes.catch_up()
             rss = sum(one.rss_bytes for one in mesh.status()) / 1e6
             self._story.peak_rss_mb = max(self._story.peak_rss_mb, rss)
-            if doomed and outcomes.count >= doomed[0][0] * requests:
-                _, name = doomed.pop(0)
-                self._out.progress("kill -9", name)
-                mesh.kill(name)
+            await disturbances.at(outcomes.count / requests)
             if time.monotonic() - shown >= 3.0:
                 shown = time.monotonic()
                 done = f"{self._sent:,}/{self._story.sent:,} sent, {outcomes.count:,} outcomes"

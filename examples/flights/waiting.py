@@ -51,11 +51,13 @@ class Waiting:
             await asyncio.sleep(_POLL_S)
 
     def _get(self, service: str, path: str, **params: Any) -> Any:
-        """An answer, or None while the service is being started again."""
+        """An answer, or None while the service, or its database, is being started again."""
         try:
             with self._mesh.client(service) as api:
                 answer = api.get(path, params=params)
         except httpx.TransportError:
+            return None
+        if answer.status_code == 503:
             return None
         if answer.is_error:
             raise Fatal(f"{service} answered {answer.status_code} to {path}: {answer.text[:300]}")

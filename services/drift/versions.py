@@ -89,19 +89,9 @@ class Versions:
         admin = self._bus.admin()
         try:
             await admin.ensure([self._topic])
-            ends = await admin.ends([VERSIONS])
-        except asyncio.CancelledError:
-            # aiokafka leaks a cancellation of its own when a consumer is stopped as soon as it was
-            # started, which is what asking for the ends of no partitions comes to.
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
-                raise
-            ends = {}
+            return await admin.ends([VERSIONS])
         finally:
             await admin.close()
-        if len(ends) < self._topic.partitions:
-            raise Retryable(f"{VERSIONS} is being created")
-        return ends
 
     async def _take(self, raw: RawBatch) -> None:
         values = [value for value in raw.values if value is not None]

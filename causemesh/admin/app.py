@@ -11,7 +11,7 @@ from fastapi import APIRouter, Depends, FastAPI, HTTPException, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
-from causemesh.admin.problems import add_problem_handlers
+from causemesh.admin.problems import RESPONSES, add_problem_handlers
 
 Probe = Callable[[], Awaitable[Mapping[str, str]]]
 """Names what is not ready, and why; empty when all is."""
@@ -43,7 +43,9 @@ def create_app(
     add_problem_handlers(app)
     app.include_router(_open_routes(service, registry, probe))
     for router in routers:
-        app.include_router(router, prefix="/v1", dependencies=[Depends(authorised)])
+        app.include_router(
+            router, prefix="/v1", dependencies=[Depends(authorised)], responses=RESPONSES
+        )
     return app
 
 

@@ -8,11 +8,35 @@ import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from causemesh.errors import Misdeclared, Retryable
 
 _log = structlog.get_logger(__name__)
+_MEDIA_TYPE = "application/problem+json"
+
+
+class ProblemAnswer(BaseModel):
+    """The body of every failure (RFC 9457); some kinds have more members."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+
+
+def _described(about: str) -> dict[str, Any]:
+    schema = ProblemAnswer.model_json_schema()
+    return {"description": about, "content": {_MEDIA_TYPE: {"schema": schema}}}
+
+
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    401: _described("No bearer token, or another one"),
+    422: _described("The request does not fit; the detail says what to change"),
+    503: _described("Something that the service needs is away; see Retry-After"),
+}
+"""The failures that any route may answer with, for OpenAPI."""
 
 
 class Problem(Exception):
@@ -40,7 +64,7 @@ def _answer(
         "detail": detail,
         **extra,
     }
-    return JSONResponse(body, status, headers, media_type="application/problem+json")
+    return JSONResponse(body, status, headers, media_type=_MEDIA_TYPE)
 
 
 async def _problem(_: Request, error: Exception) -> JSONResponse:

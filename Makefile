@@ -40,7 +40,7 @@ simulation: $(STAMP)
 component: $(STAMP) ## Tests on real servers from package registries
 	$(BIN)/python -m pytest tests/component
 
-e2e: $(STAMP) ## From flights to invoices, with services killed on the way
+e2e: $(STAMP) ## From flights to invoices, with services and servers killed on the way
 	$(BIN)/python -m pytest tests/e2e -v
 
 lint: $(STAMP) ## Style

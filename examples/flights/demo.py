@@ -83,11 +83,13 @@ class Demo:
         training.roll_out(mesh, [(1, training.BEGINNING)])
         async with connections(self._home) as open_to, _client(open_to) as client:
             outcomes = Outcomes(open_to)
-            following = asyncio.create_task(self._follow(mesh, outcomes, began))
+            disturbances = Disturbances(story.kill, mesh, self._out.progress)
+            following = asyncio.create_task(self._follow(mesh, outcomes, disturbances, began))
             try:
                 end_us = await self._replay(mesh, open_to, client, outcomes)
                 waiting = Waiting(mesh, self._out.progress)
                 await waiting.outcomes(outcomes, story.replay.requests.height)
+                await disturbances.rest()
                 periods = _months_before(end_us)
                 last_day = story.replay.requests["occurred_at"].dt.strftime("%Y-%m-%d").max()
                 await waiting.settled(periods, str(last_day))
@@ -142,10 +144,11 @@ class Demo:
         self._story.seconds["training"] = time.monotonic() - began
         self._out.progress("training", f"AUC {trained.auc:.3f} on its last quarter; rolled out")
 
-    async def _follow(self, mesh: Mesh, outcomes: Outcomes, began: float) -> None:
-        """Show progress, watch memory, and kill what is to be killed on the way."""
+    async def _follow(
+        self, mesh: Mesh, outcomes: Outcomes, disturbances: Disturbances, began: float
+    ) -> None:
+        """Show progress, watch memory, and disturb what is to be disturbed on the way."""
         self._sent, requests = 0, self._story.replay.requests.height
-        disturbances = Disturbances(self._story.kill, mesh, self._out.progress)
         shown = 0.0
         while True:
             with suppress(Retryable):  # the broker is away: the next round reads on

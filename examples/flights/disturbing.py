@@ -30,12 +30,20 @@ class Disturbances:
         self._total = len(names)
         self._mesh = mesh
         self._progress = progress
+        self._one_at_a_time = asyncio.Lock()
 
     async def at(self, share: float) -> None:
         """Do what is due when `share` (0 to 1) of the outcomes is there."""
-        done = self._total - len(self._left)
-        if self._left and share >= (done + 1) / (self._total + 1):
-            await self._disturb(self._left.pop(0))
+        async with self._one_at_a_time:
+            done = self._total - len(self._left)
+            if self._left and share >= (done + 1) / (self._total + 1):
+                await self._disturb(self._left.pop(0))
+
+    async def rest(self) -> None:
+        """Do what is left: the last outcomes may all have come at once."""
+        async with self._one_at_a_time:
+            while self._left:
+                await self._disturb(self._left.pop(0))
 
     async def _disturb(self, name: str) -> None:
         if name.startswith(PAUSE):
@@ -55,5 +63,7 @@ class Disturbances:
             return
         self._progress("pause", f"{service} for {_PAUSED_S:.0f} s")
         process.suspend()
-        await asyncio.sleep(_PAUSED_S)
-        process.resume()
+        try:
+            await asyncio.sleep(_PAUSED_S)
+        finally:
+            process.resume()

@@ -538,8 +538,8 @@ async def check_events(
         assert 0 <= cause.occurred_at_us[0] - day_before < DAY_US
 
 
-class LeakingBus(PrivateBus):
-    """Whose first question for ends is cancelled, as aiokafka does where a topic is quite new."""
+class HesitantBus(PrivateBus):
+    """Which does not know the topic's partitions when it is first asked, as of one quite new."""
 
     asked = 0
 
@@ -547,16 +547,16 @@ class LeakingBus(PrivateBus):
         admin = super().admin()
         self.asked += 1
         if self.asked == 1:
-            admin.ends = self._leak
+            admin.ends = self._unknown
         return admin
 
-    async def _leak(self, topics: Sequence[str]) -> dict[TopicPartition, int]:
-        raise asyncio.CancelledError
+    async def _unknown(self, topics: Sequence[str]) -> dict[TopicPartition, int]:
+        raise Retryable(f"Kafka does not know {topics[0]} (yet)")
 
 
 async def test_versions_are_followed_on_a_topic_that_is_only_being_made(cluster: Endpoints) -> None:
     catalogue = Catalogue.load([PROJECT])
-    bus = LeakingBus(cluster.kafka_bootstrap, f".x{uuid.uuid4().hex[:8]}", "")
+    bus = HesitantBus(cluster.kafka_bootstrap, f".x{uuid.uuid4().hex[:8]}", "")
     registry = HttpRegistry(cluster.registry_url)
     followed = Versions(bus, catalogue, Decoder(registry), outcomes())
     following = asyncio.create_task(followed.run())

@@ -27,6 +27,8 @@ Schema = dict[str, Any]
 SERVICES = ("ingest", "features", "inference", "agents", "billing", "drift")
 WATERMARK = "causemesh.Watermark"
 DEADLETTERS = "mesh.deadletters.v1"
+NO_TENANT = "-"
+"""The tenant of records that belong to none, or to one that could not be read."""
 _TOPIC_NAME = re.compile(r"^[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)*(\.v[1-9][0-9]*)?$")
 _TOPIC_FIELDS = {
     *("form", "record", "key", "owner", "producers", "consumers", "sources"),

@@ -26,7 +26,7 @@ from causemesh.catalogue import WATERMARK, Catalogue, Topic
 from causemesh.codec.base import BatchEncoder
 from causemesh.codec.encode import Encoder
 from causemesh.codec.registry import HttpRegistry, Registry
-from causemesh.codec.rows import RowEncoder, fit
+from causemesh.codec.rows import RowEncoder
 from causemesh.settings import ServiceSettings
 
 REQUESTS = "inbox.requests"
@@ -56,10 +56,6 @@ class Client:
     async def request(self, requests: Rows) -> int:
         """Write prediction requests; see `produce`. The event_id is the request id."""
         return await self._write(self.catalogue.topic(REQUESTS), requests)
-
-    def check(self, event_type: str, row: Mapping[str, Any]) -> None:
-        """Raise ValueError naming the field in which `row` does not fit its event type."""
-        fit(self.catalogue.topic(f"inbox.{event_type}").record, row)
 
     async def watermark(self, event_type: str, at: datetime | int) -> None:
         """Promise that no event of this type before `at` will follow (UTC, or microseconds).

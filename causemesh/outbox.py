@@ -9,7 +9,6 @@ causes; their readers drop them.
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,8 +22,10 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from causemesh.catalogue import Catalogue, Schema
+from causemesh.clock import SystemClock
 from causemesh.codec.columns import column_type
-from causemesh.errors import Misdeclared, Retryable
+from causemesh.errors import Misdeclared
+from causemesh.periodic import repeat
 from causemesh.runner.batch import Outgoing
 from causemesh.runner.emitter import Emitter
 from causemesh.sql import database_errors, metadata
@@ -119,15 +120,7 @@ class OutboxDrain:
 
     async def run(self) -> None:
         """Drain until cancelled; waits for a broker or database that is away."""
-        while True:
-            try:
-                sent = await self.drain()
-            except Retryable as error:
-                _log.warning("outbox_waits", reason=str(error))
-                await asyncio.sleep(error.retry_after)
-                continue
-            if not sent:
-                await asyncio.sleep(_POLL_S)
+        await repeat("outbox", self.drain, SystemClock(), _POLL_S)
 
     async def drain(self) -> int:
         """Send what waits; returns how many rows. Raises Retryable."""

@@ -8,7 +8,6 @@ type used twice.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from causemesh.errors import Misdeclared
@@ -96,8 +95,3 @@ class _Check:
         else:
             self._named[name] = kind == "fixed" and schema["size"] == 0
         return bool(self._named[name])
-
-
-def field_names(schema: dict[str, Any]) -> Iterator[str]:
-    """The names of a record's fields, in order."""
-    return (field["name"] for field in schema["fields"])

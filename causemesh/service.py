@@ -241,15 +241,13 @@ class _Server(uvicorn.Server):
 
 async def _patiently(work: Callable[[], Awaitable[Any]]) -> Any:
     """Wait for servers that start beside us. Raises Retryable when they don't come."""
-    for attempt in range(_START_ATTEMPTS):
+    for _ in range(_START_ATTEMPTS - 1):
         try:
             return await work()
         except Retryable as error:
-            if attempt == _START_ATTEMPTS - 1:
-                raise
             _log.info("waiting", reason=str(error))
             await asyncio.sleep(error.retry_after)
-    return None
+    return await work()
 
 
 @asynccontextmanager

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import httpx
 
+from causemesh.catalogue import SERVICES
 from causemesh.errors import Fatal, Misdeclared
 from causemesh.local.cluster import Cluster, Endpoints, ServerStatus
 from causemesh.local.ports import choose_ports
 from causemesh.local.process import ServerProcess
 from causemesh.settings import API_PORTS
 
-SERVICES = tuple(API_PORTS)
 _HOST = "127.0.0.1"
 _READY_S = 90.0
 _POLL_S = 0.25

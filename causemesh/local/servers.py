@@ -13,13 +13,13 @@ from typing import Protocol
 
 import httpx
 
+from causemesh.catalogue import SERVICES
 from causemesh.errors import Fatal
 from causemesh.local import artefacts
 from causemesh.local.artefacts import Progress
 from causemesh.local.process import ServerProcess
 
 HOST = "127.0.0.1"
-SERVICES = ("ingest", "features", "inference", "agents", "billing", "drift")
 
 
 class Server(Protocol):

@@ -7,13 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import polars as pl
 
-from causemesh.catalogue import DEADLETTERS
+from causemesh.catalogue import DEADLETTERS, NO_TENANT
 from causemesh.runner.batch import Batch, Outgoing
 
 DeadRows = list[tuple[Batch, dict[int, str]]]
 """Batches with the rows of their raw batch that are dead, and why."""
-
-UNKNOWN_TENANT = "-"
 
 
 def raw_rows(batch: Batch, reasons: dict[int, str]) -> dict[int, str]:
@@ -36,7 +34,7 @@ def _letters(service: str, batch: Batch, reasons: dict[int, str]) -> Outgoing:
     count = len(rows)
     frame = pl.DataFrame(
         {
-            "tenant_id": pl.Series([UNKNOWN_TENANT] * count, dtype=pl.String),
+            "tenant_id": pl.Series([NO_TENANT] * count, dtype=pl.String),
             "occurred_at": pl.Series(raw.appended_at_us[rows], dtype=pl.Int64).cast(
                 pl.Datetime("us", "UTC")
             ),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from causemesh.bus.base import TopicPartition
 from causemesh.catalogue import Catalogue
@@ -25,7 +25,7 @@ class Stage:
     """What a worker reads and writes.
 
     `shared` topics are co-partitioned and read on the worker's own partition number; `broadcast`
-    topics are read whole. `expected` overrides the sources whose watermarks an input topic carries.
+    topics are read whole.
     """
 
     service: str
@@ -33,7 +33,6 @@ class Stage:
     shared: tuple[str, ...]
     writes: tuple[str, ...] = ()
     broadcast: tuple[str, ...] = ()
-    expected: Mapping[str, Sequence[TopicPartition]] = field(default_factory=dict)
 
     def inputs(self, catalogue: Catalogue, partition: int) -> list[TopicPartition]:
         """Every partition that the worker of `partition` reads."""
@@ -47,8 +46,6 @@ class Stage:
     def sources(self, catalogue: Catalogue, source: TopicPartition) -> Sequence[TopicPartition]:
         """The cause sources whose watermarks must arrive on one input partition."""
         topic = source[0]
-        if topic in self.expected:
-            return self.expected[topic]
         if catalogue.topic(topic).form == "inbox":
             return [source]
         return catalogue.source_partitions(topic)

@@ -13,7 +13,7 @@ from threadpoolctl import threadpool_limits
 
 from causemesh.errors import Fatal
 from examples.flights import export
-from examples.flights.reference import reference_histogram
+from services.drift.domain.histograms import reference_histogram
 
 FEATURES = (
     "origin_departures.count_1h",
@@ -102,11 +102,17 @@ def train(vectors: export.Vectors, labels: Labels, occurred_at_us: Times) -> Tra
     return Trained(
         onnx,
         auc,
-        [reference_histogram(name, column) for name, column in named]
-        + [reference_histogram("score", held_out)],
+        [_reference(name, column) for name, column in [*named, ("score", held_out)]],
         [{"name": name, "value": value} for name, value in metrics.items()],
         difference,
     )
+
+
+def _reference(column: str, values: npt.NDArray[Any]) -> dict[str, Any]:
+    """A training histogram in the shape of ModelVersionRegistered.reference."""
+    histogram = reference_histogram(values)
+    edges, counts = histogram.edges.tolist(), histogram.counts.tolist()
+    return {"column": column, "edges": edges, "counts": counts}
 
 
 def _fitted(vectors: export.Vectors, labels: Labels) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import structlog
 
 from causemesh.clock import Clock
-from causemesh.errors import Retryable
+from causemesh.periodic import repeat
 from causemesh.positions_sql import SqlPositionStore
 from services.agents.decisions import Decisions
 
@@ -34,14 +34,7 @@ class TimeOuts:
 
     async def run(self) -> None:
         """Time out until cancelled."""
-        while True:
-            try:
-                ended = await self.step()
-            except Retryable as error:
-                _log.warning("time_outs_wait", reason=str(error))
-                ended = 0
-            if not ended:
-                await self._clock.sleep(self._every_s)
+        await repeat("time_outs", self.step, self._clock, self._every_s)
 
     async def step(self) -> int:
         """Time out once; returns how many reviews ended. Raises Retryable."""

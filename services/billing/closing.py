@@ -9,8 +9,8 @@ from prometheus_client import Counter
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from causemesh.clock import Clock
-from causemesh.errors import Retryable
 from causemesh.outbox import add_events
+from causemesh.periodic import repeat
 from causemesh.positions_sql import SqlPositionStore
 from causemesh.sql import database_errors
 from services.billing.books import CLOSER, Books, Terms, locked
@@ -54,12 +54,7 @@ class MonthCloser:
 
     async def run(self) -> None:
         """Close until cancelled. Raises Misdeclared when usage and billing.yaml disagree."""
-        while True:
-            try:
-                await self.close_due()
-            except Retryable as error:
-                _log.warning("closing_waits", reason=str(error))
-            await self._clock.sleep(self._every_s)
+        await repeat("closing", self.close_due, self._clock, self._every_s)
 
     async def close_due(self) -> int:
         """Close every month that is due; returns how many. Raises Retryable."""

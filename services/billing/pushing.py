@@ -21,6 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from causemesh.clock import Clock
 from causemesh.errors import Retryable
 from causemesh.outbox import add_events
+from causemesh.periodic import repeat
 from causemesh.sql import database_errors
 from services.billing.books import PUSHER, Books, Head, locked
 from services.billing.domain.invoicing import Invoice, InvoiceLine
@@ -71,12 +72,7 @@ class Pusher:
 
     async def run(self) -> None:
         """Push until cancelled."""
-        while True:
-            try:
-                await self.push_due()
-            except Retryable as error:
-                _log.warning("pushing_waits", reason=str(error))
-            await self._clock.sleep(self._every_s)
+        await repeat("pushing", self.push_due, self._clock, self._every_s)
 
     async def push_due(self) -> int:
         """Push what waits; returns how many invoices were finalised. Raises Retryable."""

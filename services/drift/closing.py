@@ -8,9 +8,11 @@ import structlog
 from prometheus_client import Counter
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from causemesh.catalogue import NO_TENANT
 from causemesh.clock import Clock
-from causemesh.errors import Misdeclared, Retryable
+from causemesh.errors import Misdeclared
 from causemesh.outbox import Event, add_events
+from causemesh.periodic import repeat
 from causemesh.positions_sql import SqlPositionStore
 from causemesh.runner import Stage
 from causemesh.sql import database_errors
@@ -31,8 +33,6 @@ from services.drift.versions import Versions
 REPORTS = "drift.reports.v1"
 ALERTS = "drift.alerts.v1"
 RETRAINING = "training.requests.v1"
-NO_TENANT = "-"
-"""Reports are about a model, which all tenants share."""
 
 _log = structlog.get_logger(__name__)
 
@@ -73,12 +73,7 @@ class DayCloser:
 
     async def run(self) -> None:
         """Close until cancelled."""
-        while True:
-            try:
-                await self.close_due()
-            except Retryable as error:
-                _log.warning("closing_waits", reason=str(error))
-            await self._clock.sleep(self._every_s)
+        await repeat("closing", self.close_due, self._clock, self._every_s)
 
     async def close_due(self) -> int:
         """Close every day that is due, then forget what can't count any more.

@@ -7,7 +7,6 @@ for a version reads nothing, so it could not read what it waits for.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,9 +16,10 @@ from prometheus_client import Counter
 
 from causemesh.bus.base import BEFORE_FIRST, Bus, RawBatch, TopicPartition
 from causemesh.catalogue import Catalogue
+from causemesh.clock import SystemClock
 from causemesh.codec.base import BatchDecoder
 from causemesh.codec.columns import frame_schema
-from causemesh.errors import Retryable
+from causemesh.periodic import repeat
 from services.drift.domain.labels import LabelRule
 from services.drift.domain.versions import Version, read_version
 
@@ -62,12 +62,7 @@ class Versions:
 
     async def run(self) -> None:
         """Follow until cancelled."""
-        while True:
-            try:
-                await self._follow()
-            except Retryable as error:
-                _log.warning("versions_wait", reason=str(error))
-                await asyncio.sleep(error.retry_after)
+        await repeat("versions", self._follow, SystemClock(), 0.0)
 
     async def _follow(self) -> None:
         left = {source: end for source, end in (await self._ends()).items() if end > BEFORE_FIRST}

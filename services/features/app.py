@@ -15,7 +15,6 @@ from services.features.explaining import Explainer
 from services.features.handlers import (
     REQUESTS,
     ROLLOUTS,
-    VECTORS,
     VERSIONS,
     Join,
     Plan,
@@ -23,6 +22,7 @@ from services.features.handlers import (
     source_numbers,
     tasks_topic,
 )
+from services.features.publishing import VECTORS
 from services.features.rekeying import INPUTS
 from services.features.settings import FeatureSettings
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -30,7 +30,6 @@ from services.features.rekeying import INPUTS, inputs_of, unpacked, view_id
 REQUESTS = "inference.requests.v1"
 VERSIONS = "models.versions.v1"
 ROLLOUTS = "models.rollouts.v1"
-VECTORS = "features.vectors.v1"
 _EVICT_UNITS = 50
 
 
@@ -122,9 +121,6 @@ def _read(
     if bad:
         raise Poison(bad, batch=number)
     return found
-
-
-Role = Literal["event", "input", "request", "version", "rollout"]
 
 
 class Join:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 import polars as pl
 
+from causemesh.catalogue import NO_TENANT
 from causemesh.clock import Clock
 from causemesh.runner import NEVER, Batch, Outgoing
 from services.features.domain.engine import ViewState
@@ -16,7 +17,6 @@ from services.features.domain.feature_store import FeatureStore, vector_bytes
 from services.features.rekeying import INPUTS, view_id
 
 VECTORS = "features.vectors.v1"
-SHARED_TENANT = "-"
 
 
 class VectorPublisher:
@@ -116,4 +116,4 @@ class VectorPublisher:
 
 
 def _tenant(state: ViewState, name: str) -> str:
-    return name.split(SEPARATOR, 1)[0] if state.view.scope == "tenant" else SHARED_TENANT
+    return name.split(SEPARATOR, 1)[0] if state.view.scope == "tenant" else NO_TENANT

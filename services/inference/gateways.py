@@ -68,13 +68,6 @@ class Triton:
         scores: npt.NDArray[np.float64] = answer.as_numpy("score").reshape(-1).astype(np.float64)
         return scores
 
-    async def ready(self) -> bool:
-        """Whether the server answers."""
-        try:
-            return bool(await self._client.is_server_ready(client_timeout=2.0))
-        except (InferenceServerException, grpc.RpcError):
-            return False
-
     async def close(self) -> None:
         """Close the connection."""
         await self._client.close()

@@ -10,14 +10,13 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from causemesh.catalogue import NO_TENANT
 from causemesh.outbox import Event, add_events
 from causemesh.sql import database_errors
 from services.inference.domain import Champion, ModelVersion
 
 VERSIONS = "models.versions.v1"
 ROLLOUTS = "models.rollouts.v1"
-NOBODY = "-"
-"""The tenant of records about models, which belong to no tenant."""
 
 metadata = sa.MetaData()
 artefacts = sa.Table(
@@ -107,7 +106,7 @@ class ModelStore:
             )
             if not added.rowcount:
                 return False
-            event = {**record, "tenant_id": NOBODY, "occurred_at": now_us}
+            event = {**record, "tenant_id": NO_TENANT, "occurred_at": now_us}
             key = f"{version.model}@{version.version}"
             await add_events(connection, [Event(VERSIONS, key, event)])
         return True
@@ -132,7 +131,7 @@ class ModelStore:
                 statement.on_conflict_do_update(index_elements=["model"], set_=values)
             )
             record = {
-                "tenant_id": NOBODY,
+                "tenant_id": NO_TENANT,
                 "occurred_at": now_us,
                 "model": model,
                 "schedule": [

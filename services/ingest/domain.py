@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from causemesh.catalogue import NO_TENANT
+
 Int64s = npt.NDArray[np.int64]
-UNKNOWN_TENANT = "-"
 MAX_VALUE_BYTES = 1_000_000
 """The largest record that is let in. What is made from it has a longer envelope, and every reader
 of the mesh takes 1 MiB at most."""
@@ -113,7 +114,7 @@ def reject_columns(
     A reject must be readable itself: bytes that are too many for that are left out.
     """
     rows = sorted(refused.rows)
-    nobody = (UNKNOWN_TENANT, None)
+    nobody = (NO_TENANT, None)
     claims = [refused.claimed.get(row, nobody) for row in rows]
     kept_keys = [_kept(keys[row], _MAX_KEY_BYTES) for row in rows]
     kept_values = [_kept(values[row], MAX_VALUE_BYTES) for row in rows]
@@ -124,7 +125,7 @@ def reject_columns(
     return pl.DataFrame(
         {
             "tenant_id": pl.Series(
-                [(tenant or UNKNOWN_TENANT)[:_MAX_NAME] for tenant, _ in claims], dtype=pl.String
+                [(tenant or NO_TENANT)[:_MAX_NAME] for tenant, _ in claims], dtype=pl.String
             ),
             "occurred_at": pl.Series(appended_us[rows]).cast(pl.Datetime("us", "UTC")),
             "reason": pl.Series([refused.rows[row][0] for row in rows], dtype=pl.String),

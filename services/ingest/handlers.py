@@ -9,13 +9,12 @@ import numpy as np
 import polars as pl
 from prometheus_client import Counter
 
-from causemesh.catalogue import Catalogue, Progress
+from causemesh.catalogue import NO_TENANT, Catalogue, Progress
 from causemesh.client import REQUESTS, request_keys
 from causemesh.clock import Clock
 from causemesh.runner import NEVER, Batch, Emission, Outgoing
 from services.ingest.domain import (
     REASONS,
-    UNKNOWN_TENANT,
     Refused,
     Rules,
     decode_code,
@@ -23,7 +22,7 @@ from services.ingest.domain import (
     refusals,
     reject_columns,
 )
-from services.ingest.store import IdClaim, IdStore
+from services.ingest.store import IdClaims, IdStore
 
 REJECTS = "ingest.rejects.v1"
 ACCEPTED_REQUESTS = "inference.requests.v1"
@@ -73,12 +72,7 @@ class Door:
     ) -> Emission:
         """Decide every record; see `Processor.process`."""
         reasons = [self._refusals(batch) for batch in batches]
-        claims = [
-            claim
-            for batch, reason in zip(batches, reasons, strict=True)
-            for claim in _claims(batch, reason)
-        ]
-        lost = await self._ids.claim(claims)
+        lost = await self._ids.claim(_claims(batches, reasons))
         outgoing = []
         for batch, reason in zip(batches, reasons, strict=True):
             outgoing += self._outgoing(batch, _with_duplicates(batch, reason, lost))
@@ -151,19 +145,17 @@ class Door:
         """No state beside the database."""
 
 
-def _claims(batch: Batch, reasons: pl.Series) -> list[IdClaim]:
-    keep = reasons.is_null()
-    digests = id_digests(batch.frame.filter(keep))
-    mask = keep.to_numpy()
-    return [
-        IdClaim(digest, (batch.topic, batch.partition, position), occurred)
-        for digest, position, occurred in zip(
-            digests,
-            batch.positions[mask].tolist(),
-            batch.occurred_at_us[mask].tolist(),
-            strict=True,
-        )
-    ]
+def _claims(batches: Sequence[Batch], reasons: Sequence[pl.Series]) -> IdClaims:
+    claims = IdClaims([], [], [], [], [])
+    for batch, reason in zip(batches, reasons, strict=True):
+        keep = reason.is_null()
+        good, mask = batch.frame.filter(keep), keep.to_numpy()
+        claims.digests.extend(id_digests(good))
+        claims.topics.extend([batch.topic] * good.height)
+        claims.partitions.extend([batch.partition] * good.height)
+        claims.positions.extend(batch.positions[mask].tolist())
+        claims.occurred_us.extend(batch.occurred_at_us[mask].tolist())
+    return claims
 
 
 def _with_duplicates(
@@ -192,7 +184,7 @@ def _refused(batch: Batch, reasons: pl.Series) -> Refused:
         rows |= {n: (code, REASONS[code]) for n, code in zip(numbers, codes, strict=True)}
         names = zip(frame["tenant_id"], frame["event_id"], strict=True)
         claimed = {
-            n: (tenant.strip() or UNKNOWN_TENANT, event_id)
+            n: (tenant.strip() or NO_TENANT, event_id)
             for n, (tenant, event_id) in zip(numbers, names, strict=True)
         }
     return Refused(rows, claimed)

@@ -9,7 +9,7 @@ import structlog
 
 from causemesh.catalogue import Catalogue
 from causemesh.clock import Clock
-from causemesh.errors import Retryable
+from causemesh.periodic import repeat
 from causemesh.positions_sql import SqlPositionStore
 from services.ingest.domain import Rules
 from services.ingest.handlers import progress_of
@@ -44,12 +44,7 @@ class Pruner:
 
     async def run(self) -> None:
         """Prune until cancelled."""
-        while True:
-            try:
-                await self.prune()
-            except Retryable as error:
-                _log.warning("pruning_waits", reason=str(error))
-            await self._clock.sleep(_EVERY_S)
+        await repeat("pruning", self.prune, self._clock, _EVERY_S)
 
     async def prune(self) -> int:
         """Prune once; returns how many ids were dropped."""

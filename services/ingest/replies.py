@@ -11,8 +11,9 @@ import structlog
 
 from causemesh.bus.base import Bus, RawBatch
 from causemesh.catalogue import Catalogue
+from causemesh.clock import SystemClock
 from causemesh.codec.base import BatchDecoder
-from causemesh.errors import Retryable
+from causemesh.periodic import repeat
 from services.ingest.handlers import REJECTS
 
 PREDICTIONS = "inference.predictions.v1"
@@ -45,12 +46,7 @@ class Replies:
 
     async def run(self) -> None:
         """Follow until cancelled."""
-        while True:
-            try:
-                await self._follow()
-            except Retryable as error:
-                _log.warning("replies_wait", reason=str(error))
-                await asyncio.sleep(error.retry_after)
+        await repeat("replies", self._follow, SystemClock(), 0.0)
 
     async def _follow(self) -> None:
         admin = self._bus.admin()

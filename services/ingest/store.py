@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -28,7 +28,7 @@ _CLAIM = sa.text(
     INSERT INTO event_ids (digest, topic, partition, position, occurred_us)
     SELECT digest, topic, partition, position, occurred_us
     FROM unnest(CAST(:digests AS bytea[]), CAST(:topics AS text[]), CAST(:partitions AS int[]),
-                CAST(:positions AS bigint[]), CAST(:occurred AS bigint[]))
+                CAST(:positions AS bigint[]), CAST(:occurred_us AS bigint[]))
          WITH ORDINALITY AS claimed (digest, topic, partition, position, occurred_us, number)
     -- by digest, so that two workers that claim the same ids can't deadlock
     ORDER BY digest, number
@@ -45,12 +45,23 @@ Origin = tuple[str, int, int]
 
 
 @dataclass(frozen=True)
-class IdClaim:
-    """A record that asks for an id: where it lies, and its event time in microseconds."""
+class IdClaims:
+    """Records that ask for their ids, by column: the id's digest, where the record lies, and its
+    event time in microseconds."""
 
-    digest: bytes
-    origin: Origin
-    occurred_us: int
+    digests: list[bytes]
+    topics: list[str]
+    partitions: list[int]
+    positions: list[int]
+    occurred_us: list[int]
+
+    def __len__(self) -> int:
+        return len(self.digests)
+
+    @property
+    def origins(self) -> Iterator[Origin]:
+        """Where each record lies."""
+        return zip(self.topics, self.partitions, self.positions, strict=True)
 
 
 class IdStore:
@@ -63,28 +74,21 @@ class IdStore:
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
 
-    async def claim(self, claims: Sequence[IdClaim]) -> set[Origin]:
+    async def claim(self, claims: IdClaims) -> set[Origin]:
         """Claim ids; returns the origins that lost: another record owns their id.
 
         Raises Retryable.
         """
-        if not claims:
+        if not len(claims):
             return set()
-        values = {
-            "digests": [claim.digest for claim in claims],
-            "topics": [claim.origin[0] for claim in claims],
-            "partitions": [claim.origin[1] for claim in claims],
-            "positions": [claim.origin[2] for claim in claims],
-            "occurred": [claim.occurred_us for claim in claims],
-        }
         async with database_errors(), self._engine.begin() as connection:
-            fresh = (await connection.execute(_CLAIM, values)).rowcount
+            fresh = (await connection.execute(_CLAIM, vars(claims))).rowcount
         if fresh == len(claims):
             return set()
         async with database_errors(), self._engine.connect() as connection:
-            found = await connection.execute(_OWNERS, {"digests": values["digests"]})
+            found = await connection.execute(_OWNERS, {"digests": claims.digests})
             owners = {(row.topic, row.partition, row.position) for row in found}
-        return {claim.origin for claim in claims if claim.origin not in owners}
+        return set(claims.origins) - owners
 
     async def forget(self, topic: str, before_us: int) -> int:
         """Drop ids of events older than `before_us` (event time); returns how many."""

@@ -36,7 +36,7 @@ from itertools import pairwise
 from typing import Any, Literal, NoReturn, get_args
 
 from causemesh.errors import Misdeclared
-from services.billing.domain.expressions import problem_with
+from causemesh.expressions import check_expression
 
 Aggregation = Literal["count", "sum", "max", "unique", "latest"]
 AGGREGATIONS: tuple[Aggregation, ...] = get_args(Aggregation)
@@ -213,7 +213,7 @@ def _meter(name: str, value: object) -> Meter:
 
 def _expression(key: str, value: object) -> str:
     text = _text(key, value)
-    problem = problem_with(text)
+    problem = check_expression(text)
     if problem is not None:
         _refuse(key, problem)
     return text

@@ -3,30 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from dataclasses import dataclass
 
 import polars as pl
 from polars.exceptions import PolarsError
 
 from causemesh.errors import Misdeclared
-
-# A label must not depend on the batch that its event came in, and polars evaluates aggregates and
-# windows in any expression; so what may be called is listed.
-_CALLABLE = frozenset(
-    re.findall(
-        r"\w+",
-        """
-        and or not when then else case between in is like ilike
-        abs ceil floor round coalesce nullif cast try_cast lower upper length trim
-        starts_with ends_with
-        """,
-    )
-)
-_FORBIDDEN = frozenset(["select", "current_date", "current_time", "current_timestamp"])
-_QUOTED = re.compile(r"'(?:[^']|'')*'|\"[^\"]*\"")
-_COMMENT_OR_BACKTICK = re.compile(r"/\*|--|`")
-_WORD = re.compile(r"([A-Za-z_]\w*)\s*(\(?)")
+from causemesh.expressions import check_expression
 
 
 @dataclass(frozen=True)
@@ -42,30 +25,15 @@ class LabelRule:
     positive: str
 
     def __post_init__(self) -> None:
-        problem = _problem(self.positive)
-        if problem:
-            raise Misdeclared(f"label of {self.event_type}: {self.positive!r} {problem}")
+        problem = check_expression(self.positive)
+        if problem is not None:
+            raise Misdeclared(f"label of {self.event_type}: {problem}")
 
     @property
     def digest(self) -> str:
         """A short name for the rule, so that versions with the same rule share their labels."""
         text = "\x1f".join((self.event_type, self.request_id, self.positive))
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def _problem(text: str) -> str | None:
-    bare = _QUOTED.sub(" quoted ", text)
-    if _COMMENT_OR_BACKTICK.search(bare):
-        return "holds a comment or a backtick: write it without"
-    for word, bracket in _WORD.findall(bare):
-        name = word.lower()
-        if name in _FORBIDDEN or (bracket and name not in _CALLABLE):
-            return f"uses {word!r}, which is no function of a single event"
-    try:
-        columns = pl.sql_expr(text).meta.root_names()
-    except PolarsError as error:
-        return f"is no SQL expression: {error}"
-    return None if columns else "reads no column of the event"
 
 
 def label_batch(rule: LabelRule, frame: pl.DataFrame) -> pl.DataFrame:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Literal, get_args
 
+from causemesh.expressions import check_expression
 from services.features.domain.durations import default_tile, format_duration
-from services.features.domain.expressions import check_expression
 from services.features.domain.failures import DefinitionError
 
 Aggregation = Literal["count", "sum", "mean", "min", "max", "std", "last", "latest", "age"]

@@ -6,12 +6,10 @@ import copy
 from decimal import Decimal
 from typing import Any
 
-import polars as pl
 import pytest
 import yaml
 
 from causemesh.errors import Misdeclared
-from services.billing.domain.expressions import problem_with
 from services.billing.domain.plans import Meter, Price, Tier, parse_billing
 
 DOCUMENT = """
@@ -129,37 +127,3 @@ def test_a_fee_has_as_many_digits_as_its_currency() -> None:
         parse_billing(document)
     document["plans"]["standard"]["base_fee"] = "49.00"
     assert parse_billing(document).plans["standard"].base_fee == 49
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ("x > avg(x)", "uses 'avg'"),
-        ("row_number() over ()", "no function of a single event"),
-        ('"avg"(x) > 1', "no function of a single event"),
-        ("avg/**/(x) > 1", "holds a comment"),
-        ("x = (select 1)", "uses 'select'"),
-        ("x, y", "is no SQL expression"),
-        ("user", "goes in double quotes"),
-    ],
-)
-def test_an_expression_must_be_of_one_event(text: str, says: str) -> None:
-    assert says in str(problem_with(text))
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("outcome IN ('predicted', 'failed')", [True, True, False]),
-        ("outcome NOT IN ('shed')", [True, True, False]),
-        ("NOT (ms >= 2) AND (outcome = 'predicted')", [True, False, False]),
-        ("\"user\" = 'u2'", [False, True, False]),
-        ("coalesce(ms, 0) between 2 and 3", [False, True, True]),
-        ("outcome = 'it''s --not avg(x)'", [False, False, False]),
-    ],
-)
-def test_what_passes_works(text: str, expected: list[bool]) -> None:
-    frame = pl.DataFrame({"outcome": ["predicted", "failed", "shed"], "ms": [1.0, 2.0, 3.0]})
-    frame = frame.with_columns(user=pl.Series(["u1", "u2", "u3"]))
-    assert problem_with(text) is None
-    assert frame.select(pl.sql_expr(text)).to_series().to_list() == expected

@@ -25,7 +25,6 @@ from services.features.domain.parsing import parse_views
 from services.features.handlers import (
     REQUESTS,
     ROLLOUTS,
-    VECTORS,
     VERSIONS,
     Join,
     Plan,
@@ -33,6 +32,7 @@ from services.features.handlers import (
     source_numbers,
     tasks_topic,
 )
+from services.features.publishing import VECTORS
 from services.features.rekeying import INPUTS
 from tests.unit.features.reference import Event, expected
 

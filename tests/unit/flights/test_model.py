@@ -17,7 +17,6 @@ from causemesh.errors import Fatal
 from examples.flights import dataset, export, model, offline
 from examples.flights.dataset import Replay, load
 from examples.flights.model import FEATURES, REQUIRED, TOLERANCE, baseline_onnx, train
-from examples.flights.reference import reference_histogram
 from services.features.domain.feature_store import FeatureStore
 
 PROJECT = Path(dataset.__file__).parent
@@ -131,28 +130,6 @@ def test_neighbouring_numbers_stay_apart(rounded: bool, monkeypatch: pytest.Monk
     exported = export.score(export.gradient_boosting(classifier, len(FEATURES)), vectors)
     worst = np.abs(exported - trained).max()
     assert (worst < TOLERANCE) == rounded
-
-
-def test_reference_histograms_are_closed_on_the_right() -> None:
-    values = np.array([1, 2, 2, 3, np.nan, 3, 3], np.float32)
-    assert reference_histogram("x", values) == {
-        "column": "x",
-        "edges": [1.5, 2.5],
-        "counts": [1, 2, 3, 1],
-    }
-    many = reference_histogram("y", np.arange(1, 101, dtype=np.float64), bins=4)
-    assert many == {"column": "y", "edges": [25.75, 50.5, 75.25], "counts": [25, 25, 25, 25, 0]}
-    on_edges = reference_histogram("z", np.arange(0, 21, dtype=np.float64), bins=4)
-    assert on_edges["edges"] == [5, 10, 15]
-    assert on_edges["counts"] == [6, 5, 5, 5, 0]
-
-
-@pytest.mark.parametrize("values", [np.zeros(5), np.full(5, np.nan), np.empty(0)])
-def test_a_column_that_says_nothing_has_no_edges(values: np.ndarray[Any, Any]) -> None:
-    histogram = reference_histogram("x", values)
-    holes = int(np.isnan(values).sum())
-    assert histogram["edges"] == []
-    assert histogram["counts"] == [len(values) - holes, holes]
 
 
 def test_reference_fits_its_record() -> None:

@@ -18,7 +18,7 @@ from causemesh.clock import SystemClock
 from causemesh.runner import Batch, Emission
 from services.ingest.domain import Rules
 from services.ingest.handlers import REJECTS, Door
-from services.ingest.store import IdClaim, Origin
+from services.ingest.store import IdClaims, Origin
 
 INBOX = "inbox.reading"
 CATALOGUE = Catalogue.load([Path(__file__).parents[3] / "tests" / "project"])
@@ -33,16 +33,17 @@ class Ids:
     def __init__(self) -> None:
         self.owners: dict[bytes, Origin] = {}
 
-    async def claim(self, claims: Sequence[IdClaim]) -> set[Origin]:
-        for claim in claims:
-            self.owners.setdefault(claim.digest, claim.origin)
-        return {claim.origin for claim in claims if self.owners[claim.digest] != claim.origin}
+    async def claim(self, claims: IdClaims) -> set[Origin]:
+        asked = list(zip(claims.digests, claims.origins, strict=True))
+        for digest, origin in asked:
+            self.owners.setdefault(digest, origin)
+        return {origin for digest, origin in asked if self.owners[digest] != origin}
 
 
 class YoursToAll:
     """The control: a store that refuses nobody."""
 
-    async def claim(self, claims: Sequence[IdClaim]) -> set[Origin]:
+    async def claim(self, claims: IdClaims) -> set[Origin]:
         return set()
 
 

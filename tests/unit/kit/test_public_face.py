@@ -31,7 +31,7 @@ FACE = {
         "restore": "state",
     },
     runner.Stage: {
-        "": "service, group, shared, writes=, broadcast=, expected=",
+        "": "service, group, shared, writes=, broadcast=",
         "inputs": "catalogue, partition",
         "sources": "catalogue, source",
     },
@@ -49,7 +49,6 @@ FACE = {
         "": "catalogue, registry, producer",
         "produce": "async event_type, events",
         "request": "async requests",
-        "check": "event_type, row",
         "watermark": "async event_type, at",
     },
     log.LogReader: {

@@ -11,7 +11,7 @@ Producing goes through prebuilt record batches: one append in C a record, one fu
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -106,9 +106,11 @@ class KafkaReader:
         try:
             if fresh:
                 await consumer.seek_to_beginning(*fresh)
-        except KafkaError as error:
+        except BaseException as error:
             await consumer.stop()
-            raise Retryable(f"seeking failed: {error!r}") from error
+            if isinstance(error, KafkaError):
+                raise Retryable(f"seeking failed: {error!r}") from error
+            raise
         for key, at in self._after.items():
             if at != BEFORE_FIRST:
                 consumer.seek(partitions[key], at + 1)
@@ -345,10 +347,7 @@ class KafkaAdmin:
     async def _opened(self) -> Any:
         if self._client is None:
             client = AIOKafkaAdminClient(bootstrap_servers=self._bootstrap)
-            try:
-                await client.start()
-            except KafkaError as error:
-                raise Retryable(f"Kafka at {self._bootstrap} is away: {error!r}") from error
+            await _started(client, client.close)
             self._client = client
         return self._client
 
@@ -359,9 +358,18 @@ class KafkaAdmin:
             await client.close()
 
 
-async def _started(client: Any) -> None:
+async def _started(client: Any, stop: Callable[[], Awaitable[None]] | None = None) -> None:
+    """Start an aiokafka client, or stop it whole; `stop` where that is not `client.stop`.
+
+    Raises Retryable when Kafka is away. Cut off half-way, aiokafka would leave its bootstrap
+    connection open, so a start always runs to its end.
+    """
+    starting = asyncio.ensure_future(client.start())
     try:
-        await client.start()
-    except KafkaError as error:
-        await client.stop()
-        raise Retryable(f"Kafka is away: {error!r}", retry_after=1.0) from error
+        await asyncio.shield(starting)
+    except BaseException as error:
+        await asyncio.wait([starting])
+        await (stop or client.stop)()
+        if isinstance(error, KafkaError):
+            raise Retryable(f"Kafka is away: {error!r}", retry_after=1.0) from error
+        raise

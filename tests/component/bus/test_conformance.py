@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import sys
 import uuid
 from collections.abc import AsyncIterator
 from typing import Any
@@ -156,3 +158,48 @@ async def test_a_broker_that_is_away_is_retryable() -> None:
     reader = KafkaBus("127.0.0.1:1").reader({("t", 0): BEFORE_FIRST})
     with pytest.raises(Retryable, match="away"):
         await reader.fetch(1, 0.1)
+
+
+async def cut_off(kafka_bootstrap: str, attempts: int) -> None:
+    """Readers, admins and members that are cancelled at any moment of their start."""
+    bus = KafkaBus(kafka_bootstrap)
+    for number in range(attempts):
+        reader, admin = bus.reader({("nowhere", 0): BEFORE_FIRST}), bus.admin()
+        starting = [
+            asyncio.create_task(reader.fetch(1, 0.1)),
+            asyncio.create_task(admin.ends(["nowhere"])),
+        ]
+        await asyncio.sleep(number * 0.0005)
+        for task in starting:
+            task.cancel()
+        await asyncio.gather(*starting, return_exceptions=True)
+        await reader.close()
+        await admin.close()
+
+
+def unclosed(kafka_bootstrap: str, recorded: pytest.WarningsRecorder) -> list[str]:
+    """The connections to Kafka that cut-off starts leave open."""
+    kept: list[Any] = []
+    hook, sys.unraisablehook = sys.unraisablehook, kept.append
+    try:
+        asyncio.run(cut_off(kafka_bootstrap, 30))
+        gc.collect()
+    finally:
+        sys.unraisablehook = hook
+    told = [str(one.exc_value) for one in kept] + [str(one.message) for one in recorded]
+    return [one for one in told if "Unclosed AIOKafkaConnection" in one]
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize("to_the_end", [True, False])
+def test_a_start_that_is_cut_off_leaves_no_connection_open(
+    kafka_bootstrap: str,
+    recwarn: pytest.WarningsRecorder,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    to_the_end: bool,
+) -> None:
+    """The control arm lets the cancellation reach aiokafka's own start."""
+    if not to_the_end:
+        monkeypatch.setattr("causemesh.bus.kafka.asyncio.shield", lambda started: started)
+    assert (not unclosed(kafka_bootstrap, recwarn)) == to_the_end

@@ -24,6 +24,7 @@ from services.features.domain.models import (
 )
 from services.features.domain.snapshots import pack, unpack_blobs
 from services.features.domain.state import PartitionState
+from services.features.domain.vectors import row_bytes
 from services.features.publishing import VectorPublisher
 from services.features.rekeying import INPUTS, inputs_of, unpacked, view_id
 
@@ -271,8 +272,7 @@ class Join:
             wanted = self.book.signatures[name].inputs
             values = named_values(inputs.gather(at), wanted, pl.Float64)
             matrix = values.cast(pl.Float32).fill_null(float("nan")).to_numpy()
-            rows = np.ascontiguousarray(matrix.reshape(len(at), len(wanted)), dtype="<f4")
-            packed[at] = [row.tobytes() for row in rows]
+            packed[at] = row_bytes(matrix.reshape(len(at), len(wanted)))
         return pl.Series("inputs", packed.tolist(), dtype=pl.Binary)
 
     def _tasks(self) -> list[Outgoing]:

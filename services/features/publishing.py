@@ -13,7 +13,8 @@ from causemesh.clock import Clock
 from causemesh.runner import NEVER, Batch, Outgoing
 from services.features.domain.engine import ViewState
 from services.features.domain.events import SEPARATOR, Ints
-from services.features.domain.feature_store import FeatureStore, vector_bytes
+from services.features.domain.feature_store import FeatureStore
+from services.features.domain.vectors import row_bytes
 from services.features.rekeying import INPUTS, view_id
 
 VECTORS = "features.vectors.v1"
@@ -99,7 +100,7 @@ class VectorPublisher:
                 ),
                 "view": pl.Series([view_id(state.view)] * len(names), dtype=pl.String),
                 "entity": pl.Series(names, dtype=pl.String),
-                "vector": pl.Series(vector_bytes(matrix), dtype=pl.Binary),
+                "vector": pl.Series(row_bytes(matrix), dtype=pl.Binary),
                 "sequence": pl.Series([as_of_us] * len(names), dtype=pl.Int64),
             }
         )

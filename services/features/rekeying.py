@@ -10,6 +10,7 @@ import polars as pl
 from causemesh.runner import Batch, Outgoing
 from services.features.domain.definitions import FeatureView
 from services.features.domain.events import NULL, SEPARATOR, ViewEvents
+from services.features.domain.vectors import row_bytes
 
 INPUTS = "features.inputs.v1"
 
@@ -63,9 +64,8 @@ def routing_keys(view: FeatureView, entities: pl.Series) -> pl.Series:
 
 def _packed(events: ViewEvents) -> list[bytes]:
     """Each event's inputs as float64 little-endian grid units, NaN where absent."""
-    values = np.where(events.values == NULL, np.nan, events.values.astype("<f8"))
-    rows = np.ascontiguousarray(values.T, dtype="<f8")
-    return [row.tobytes() for row in rows]
+    values = np.where(events.values == NULL, np.nan, events.values.astype(np.float64))
+    return row_bytes(values.T, "<f8")
 
 
 def unpacked(view: FeatureView, frame: pl.DataFrame, source: int) -> ViewEvents:

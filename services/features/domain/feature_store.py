@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import cast
 
 import numpy as np
 import polars as pl
@@ -13,7 +12,7 @@ from services.features.domain.aggregates import RowEvents
 from services.features.domain.definitions import FeatureView
 from services.features.domain.engine import ViewState
 from services.features.domain.events import Ints, ViewEvents, entity_keys, read_events
-from services.features.domain.vectors import Vectors
+from services.features.domain.vectors import Vectors, row_bytes
 
 
 class FeatureStore:
@@ -94,7 +93,7 @@ class FeatureStore:
             at = np.flatnonzero((asked == signature).to_numpy())
             part = requests if len(at) == requests.height else requests[at]
             matrix = self.answer_chunk(part, signatures[signature], as_of_us[at], chunk)
-            out[at] = vector_bytes(matrix)
+            out[at] = row_bytes(matrix)
         return pl.Series("vector", out.tolist(), dtype=pl.Binary)
 
     def memory_bytes(self) -> int:
@@ -107,15 +106,6 @@ class FeatureStore:
             view, place = self._places[full_name]
             wanted.setdefault(view, []).append((column, place))
         return wanted
-
-
-def vector_bytes(matrix: Vectors) -> list[bytes]:
-    """Each row as float32 little-endian bytes."""
-    rows, width = matrix.shape
-    if not width:
-        return [b""] * rows
-    packed = np.ascontiguousarray(matrix, "<f4").view(np.dtype((np.void, 4 * width)))
-    return cast("list[bytes]", packed.ravel().tolist())
 
 
 def _request_keys(requests: pl.DataFrame, view: FeatureView) -> pl.Series:

@@ -11,6 +11,7 @@ import numpy as np
 import polars as pl
 
 from services.features.domain.events import Ints
+from services.features.domain.vectors import row_bytes
 
 INPUT = "input."
 _FEW = 128
@@ -209,7 +210,7 @@ def full_vectors(
     for name in reversed(signature.required):
         for row in np.flatnonzero(np.isnan(whole[:, signature.features.index(name)])).tolist():
             failures[row] = f"missing_feature: {name}"
-    return [row.tobytes() for row in whole], failures
+    return row_bytes(whole), failures
 
 
 def _matrix(rows: Sequence[bytes], width: int) -> np.ndarray[Any, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,16 @@ Vectors = npt.NDArray[np.float32]
 Floats = npt.NDArray[np.floating[Any]]  # float64: what the type checker makes of int * float
 # Above this a sum of squared deviations may have left int64; floats are exact enough there.
 _INT_LIMIT = 2.0**62
+
+
+def row_bytes(matrix: npt.NDArray[Any], kind: str = "<f4") -> list[bytes]:
+    """Each row as bytes of numbers of `kind`: float32 little-endian, unless said otherwise."""
+    rows, width = matrix.shape
+    if not width:
+        return [b""] * rows
+    whole = np.ascontiguousarray(matrix, kind)
+    packed = whole.view(np.dtype((np.void, whole.itemsize * width)))
+    return cast("list[bytes]", packed.ravel().tolist())
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ docs: $(STAMP) ## Make docs/topics.md, docs/asyncapi.yaml and docs/openapi from 
 
 lock: $(STAMP) ## Pin every dependency with its hashes
 	$(BIN)/uv pip compile --quiet --generate-hashes --no-header --no-emit-index-url \
-	  --python-version 3.11 --extra inference --extra billing --extra local --extra flights \
+	  --python-version 3.11 --extra inference --extra billing --extra pulsar --extra local --extra flights \
 	  --extra dev pyproject.toml --output-file requirements/dev.txt
 
 clean: ## Remove the environment and local data

@@ -25,6 +25,8 @@ Positions = npt.NDArray[np.int64]
 TopicPartition = tuple[str, int]
 
 BEFORE_FIRST = -1
+TRACEPARENT = "traceparent"
+"""The header (Kafka) or property (Pulsar) that carries a record's W3C trace context."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class RawBatch:
     """Records of one partition as they lie in the log; all sequences have one length.
 
     `positions` rise strictly. `appended_at_us` is the broker's append time (microseconds, UTC).
+    `traceparents` are the records' W3C trace contexts; None where no record carries one.
     """
 
     topic: str
@@ -40,6 +43,7 @@ class RawBatch:
     keys: Sequence[bytes | None]
     values: Sequence[bytes | None]
     appended_at_us: Positions
+    traceparents: Sequence[bytes | None] | None = None
 
     def __len__(self) -> int:
         return len(self.values)
@@ -47,12 +51,16 @@ class RawBatch:
 
 @dataclass(frozen=True)
 class Outbound:
-    """Framed records for one output partition, in the order they must appear there."""
+    """Framed records for one output partition, in the order they must appear there.
+
+    `traceparents`, one a record, travel as the header `traceparent`; None for records without.
+    """
 
     topic: str
     partition: int
     keys: Sequence[bytes | None]
     values: Sequence[bytes]
+    traceparents: Sequence[bytes | None] | None = None
 
 
 class Reader(Protocol):

@@ -11,6 +11,7 @@ Producing goes through prebuilt record batches: one append in C a record, one fu
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -23,7 +24,7 @@ from aiokafka.coordinator.assignors.range import RangePartitionAssignor
 from aiokafka.errors import KafkaError, OffsetOutOfRangeError
 from aiokafka.structs import OffsetAndMetadata
 
-from causemesh.bus.base import BEFORE_FIRST, Outbound, RawBatch, TopicPartition
+from causemesh.bus.base import BEFORE_FIRST, TRACEPARENT, Outbound, RawBatch, TopicPartition
 from causemesh.catalogue import Topic
 from causemesh.errors import Fatal, Misdeclared, Retryable
 
@@ -132,7 +133,12 @@ def _raw(source: Any, records: Sequence[Any]) -> RawBatch:
         [record.key for record in records],
         [record.value for record in records],
         np.fromiter((record.timestamp for record in records), dtype=np.int64, count=count) * 1000,
+        _traceparents([record.headers for record in records]),
     )
+
+
+def _traceparents(headers: Sequence[Sequence[tuple[str, bytes]]]) -> list[bytes | None] | None:
+    return [dict(one).get(TRACEPARENT) for one in headers] if any(headers) else None
 
 
 class KafkaProducer:
@@ -163,11 +169,14 @@ class KafkaProducer:
         topic, partition = to
         batch = producer.create_batch()
         for part in parts:
-            for key, value in zip(part.keys, part.values, strict=True):
-                if batch.append(key=key, value=value, timestamp=None) is None:
+            traces = part.traceparents or itertools.repeat(None, len(part.values))
+            for key, value, trace in zip(part.keys, part.values, traces, strict=True):
+                headers = [(TRACEPARENT, trace)] if trace else []
+                row = {"key": key, "value": value, "timestamp": None, "headers": headers}
+                if batch.append(**row) is None:
                     await (await producer.send_batch(batch, topic, partition=partition))
                     batch = producer.create_batch()
-                    if batch.append(key=key, value=value, timestamp=None) is None:
+                    if batch.append(**row) is None:
                         raise Fatal(f"{topic}: a record of {len(value)} bytes exceeds a batch")
         if batch.record_count():
             await (await producer.send_batch(batch, topic, partition=partition))

@@ -7,6 +7,7 @@ and pause workers at each single step, records of a batch included.
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -28,6 +29,7 @@ async def no_step(label: str) -> None:
 class _Log:
     keys: list[bytes | None] = field(default_factory=list)
     values: list[bytes] = field(default_factory=list)
+    traceparents: list[bytes | None] = field(default_factory=list)
 
 
 class MemoryBus:
@@ -129,6 +131,7 @@ class MemoryReader:
                     log.keys[rows],
                     log.values[rows],
                     np.zeros(len(positions), dtype=np.int64),
+                    traces if any(traces := log.traceparents[rows]) else None,
                 )
                 batches.append(batch)
                 self._after[(topic, partition)] = end - 1
@@ -148,8 +151,10 @@ class MemoryProducer:
         """See `Producer.send`."""
         for part in outbound:
             log = self._bus.log(part.topic, part.partition)
-            for key, value in zip(part.keys, part.values, strict=True):
+            traces = part.traceparents or itertools.repeat(None, len(part.values))
+            for key, value, trace in zip(part.keys, part.values, traces, strict=True):
                 log.keys.append(key)
+                log.traceparents.append(trace)
                 log.values.append(value)
                 await self._bus.step("append")
 

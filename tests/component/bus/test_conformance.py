@@ -128,6 +128,29 @@ async def test_another_partition_count_is_refused(bus: Bus, topic: str) -> None:
     await admin.close()
 
 
+async def test_trace_contexts_travel_with_their_records(bus: Bus, topic: str) -> None:
+    trace = b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    producer = bus.producer("conformance")
+    keys: list[bytes | None] = [None, None]
+    await producer.send(
+        [
+            Outbound(topic, 0, keys, [b"a", b"b"], [None, trace]),
+            Outbound(topic, 1, keys, [b"c", b"d"]),
+        ]
+    )
+    await producer.close()
+    for partition, expected in ((0, [None, trace]), (1, None)):
+        reader = bus.reader({(topic, partition): BEFORE_FIRST})
+        rows: list[bytes] = []
+        async with asyncio.timeout(30):
+            while len(rows) < 2:
+                for batch in await reader.fetch(10, 0.3):
+                    rows += [value for value in batch.values if value]
+                    assert len(batch) == 2
+                    assert batch.traceparents == expected
+        await reader.close()
+
+
 async def settled(member: Any, count: int) -> frozenset[int]:
     """Wait for an assignment of `count` partitions."""
     async with asyncio.timeout(30):

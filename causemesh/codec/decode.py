@@ -116,6 +116,8 @@ class _Writer:
             self._block = None
         self._parsed = fastavro.parse_schema(plain(schema))
         self._readers: dict[str, Any] = {}
+        # By identity: comparing schemas by shape costs more than decoding a record.
+        self._latest: tuple[Mapping[str, Any], Any] | None = None
 
     def read(
         self, values: Sequence[bytes], reader: Mapping[str, Any]
@@ -128,7 +130,7 @@ class _Writer:
         else:
             run.blocks(0, len(bodies), _RESTARTS)
         frames = run.frames or [pl.DataFrame(schema=frame_schema(reader))]
-        return pl.concat(frames), run.good, run.bad
+        return frames[0] if len(frames) == 1 else pl.concat(frames), run.good, run.bad
 
     def block(self, bodies: Sequence[bytes], reader: Mapping[str, Any]) -> tuple[Any, int] | None:
         """Leading good rows by column; None when this block must be split."""
@@ -140,12 +142,19 @@ class _Writer:
         except (NotExpressibleError, pl.exceptions.PolarsError):
             return None
 
-    def one(self, body: bytes, reader: Mapping[str, Any]) -> dict[str, Any]:
-        """One record. Raises ValueError with the reason."""
-        key = shape(dict(reader))
-        parsed = self._readers.get(key)
-        if parsed is None:
-            parsed = self._readers[key] = fastavro.parse_schema(plain(dict(reader)))
+    def parsed_reader(self, reader: Mapping[str, Any]) -> Any:
+        """The reader schema as `one` takes it."""
+        known = self._latest
+        if known is None or known[0] is not reader:
+            key = shape(dict(reader))
+            parsed = self._readers.get(key)
+            if parsed is None:
+                parsed = self._readers[key] = fastavro.parse_schema(plain(dict(reader)))
+            known = self._latest = (reader, parsed)
+        return known[1]
+
+    def one(self, body: bytes, parsed: Any) -> dict[str, Any]:
+        """One record, by a parsed reader schema. Raises ValueError with the reason."""
         stream = io.BytesIO(body)
         try:
             row: Any = fastavro.schemaless_reader(stream, self._parsed, parsed)
@@ -196,9 +205,10 @@ class _Run:
     def singly(self, start: int, end: int) -> None:
         """Decode [start, end) record by record."""
         rows = []
+        parsed = self._writer.parsed_reader(self._reader)
         for number in range(start, end):
             try:
-                rows.append(self._writer.one(self._bodies[number], self._reader))
+                rows.append(self._writer.one(self._bodies[number], parsed))
                 self.good.append(number)
             except ValueError as error:
                 self.bad[number] = str(error)

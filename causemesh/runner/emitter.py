@@ -125,17 +125,20 @@ def _checked_order(part: Outgoing) -> npt.NDArray[np.int32]:
 
 def _with_envelope(part: Outgoing, indexes: npt.NDArray[np.int32], record: Schema) -> pl.DataFrame:
     count = len(part)
-    cause = pl.struct(
-        pl.lit(part.cause_topic).alias("topic"),
-        pl.lit(part.cause_partition, dtype=pl.Int32).alias("partition"),
-        pl.Series("position", part.positions, dtype=pl.Int64),
-        pl.Series("index", indexes, dtype=pl.Int32),
-        pl.lit(None, dtype=_ORIGIN).alias("origin")
-        if part.origins is None
-        else part.origins.cast(_ORIGIN).alias("origin"),
-    ).alias("cause")
-    frame = part.frame.with_columns(cause)
-    if "event_id" not in frame.columns:
+    nothing = pl.Series("origin", [None], dtype=_ORIGIN).new_from_index(0, count)
+    # Built as columns: an expression over them costs more than all the rest on a single row.
+    cause = pl.DataFrame(
+        [
+            pl.Series("topic", [part.cause_topic]).new_from_index(0, count),
+            pl.Series("partition", [part.cause_partition], dtype=pl.Int32).new_from_index(0, count),
+            pl.Series("position", part.positions, dtype=pl.Int64),
+            pl.Series("index", indexes, dtype=pl.Int32),
+            nothing if part.origins is None else part.origins.cast(_ORIGIN).alias("origin"),
+        ]
+    ).to_struct("cause")
+    columns = {column.name: column for column in part.frame.get_columns()}
+    columns["cause"] = cause
+    if "event_id" not in columns:
         ids = event_ids(
             part.topic,
             part.cause_topic,
@@ -143,6 +146,5 @@ def _with_envelope(part: Outgoing, indexes: npt.NDArray[np.int32], record: Schem
             part.positions.tolist(),
             indexes.tolist(),
         )
-        frame = frame.with_columns(pl.Series("event_id", ids, dtype=pl.String))
-    assert frame.height == count
-    return frame.select([field["name"] for field in record["fields"]])
+        columns["event_id"] = pl.Series("event_id", ids, dtype=pl.String)
+    return pl.DataFrame([columns[field["name"]] for field in record["fields"]])

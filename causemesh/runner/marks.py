@@ -17,6 +17,7 @@ from causemesh.bus.base import TopicPartition
 
 Mark = tuple[int, int]
 _NOTHING: Mark = (-1, -1)
+_FEW = 64  # so few rows are grouped sooner one by one than by columns (measured)
 
 
 class HighWaterMarks:
@@ -61,8 +62,14 @@ class HighWaterMarks:
 def _rows_by_source(
     causes: pl.DataFrame,
 ) -> list[tuple[TopicPartition, npt.NDArray[np.int64]]]:
+    topics, partitions = causes["topic"], causes["partition"]
+    if causes.height <= _FEW:
+        rows_of: dict[TopicPartition, list[int]] = {}
+        for row, source in enumerate(zip(topics.to_list(), partitions.to_list(), strict=True)):
+            rows_of.setdefault(source, []).append(row)
+        return [(source, np.array(rows, dtype=np.int64)) for source, rows in rows_of.items()]
     grouped = (
-        causes.select("topic", "partition")
+        pl.DataFrame([topics, partitions])
         .with_row_index("row")
         .group_by("topic", "partition", maintain_order=True)
         .agg("row")

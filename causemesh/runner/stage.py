@@ -11,13 +11,18 @@ from causemesh.catalogue import Catalogue
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of a worker. Times are in seconds."""
+    """Bounds of a worker. Times are in seconds.
+
+    `gather_s` is how long a worker that is not behind lets records gather before its next unit:
+    work that nobody waits for should not take the processor from work that somebody does.
+    """
 
     max_records: int = 5_000
     max_wait_s: float = 0.5
     attempts: int = 3
     retry_s: float = 0.2
     commit_every_units: int = 1
+    gather_s: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,9 @@ class PartitionWorker:
         reader = self._bus.reader(self.positions)
         try:
             while not self.stopping:
-                await self._step(claim, reader)
+                most = await self._step(claim, reader)
+                if 0 < most < self._limits.max_records and self._limits.gather_s:
+                    await self._clock.sleep(self._limits.gather_s)
             if self._uncommitted and self.processor.stateful:
                 async with self._store.unit(claim) as unit:
                     await unit.commit(self._checkpoint())
@@ -98,7 +100,8 @@ class PartitionWorker:
         self.watermarks.load(stored.promises)
         self.processor.restore(stored.state)
 
-    async def _step(self, claim: Claim, reader: Reader) -> None:
+    async def _step(self, claim: Claim, reader: Reader) -> int:
+        """One unit; returns how many records the fullest partition gave."""
         raws = await reader.fetch(self._limits.max_records, self._limits.max_wait_s)
         began = self._clock.monotonic()
         replays = self.intake.counts.replays
@@ -125,6 +128,7 @@ class PartitionWorker:
                 self.watermarks.least(),
             )
             self._observer.unit_done(self.stage, self.partition, report)
+        return max(map(len, raws), default=0)
 
     async def _unit(
         self, claim: Claim, batches: Sequence[Batch], dead: DeadRows, *, idle: bool

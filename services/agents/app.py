@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from causemesh.runner import Stage
+from causemesh.runner import Limits, Stage
 from causemesh.service import open_service, run_process
 from services.agents.api import routes
 from services.agents.decisions import Decisions
@@ -24,7 +24,9 @@ async def main() -> None:
         store = RunStore(service.engine)
         decisions = Decisions(service.engine, store, workflow, outcomes)
         stage = Stage("agents", GROUP, (PREDICTIONS,), (RUNS, REVIEWS))
-        service.runner(stage, lambda _: ReviewOpener(workflow, store, outcomes))
+        service.runner(
+            stage, lambda _: ReviewOpener(workflow, store, outcomes), Limits(gather_s=0.25)
+        )
         time_outs = TimeOuts(
             decisions,
             service.store,

@@ -47,7 +47,7 @@ async def serve(service: Service, settings: BillingSettings, payments: Payments)
             config=terms.config,
             outcomes=outcomes,
         ),
-        Limits(max_records=10_000),
+        Limits(max_records=10_000, gather_s=0.25),
     )
     closer = MonthCloser(
         engine,

@@ -246,22 +246,29 @@ class Join:
 
     def _requests(self, batch: Batch) -> pl.DataFrame:
         """Requests as the aligner takes them, resolved to a version, their inputs packed."""
-        frame = batch.frame.select(
-            pl.col("event_id").alias("request_id"),
-            "tenant_id",
-            pl.col("occurred_at").to_physical().alias("occurred_at_us"),
-            "model",
-            "version",
-            "mode",
-            pl.col("expires_at").to_physical().alias("expires_us"),
-            pl.lit(self._source_number(batch.topic, batch.partition)).alias("source"),
-            pl.Series("position", batch.positions),
-            pl.Series("key", [batch.raw.keys[row] for row in batch.rows], dtype=pl.Binary),
+        asked = batch.frame
+        source = self._source_number(batch.topic, batch.partition)
+        # Columns, not expressions: a live request comes alone, and pays for each expression.
+        frame = pl.DataFrame(
+            [
+                asked["event_id"].alias("request_id"),
+                asked["tenant_id"],
+                asked["occurred_at"].to_physical().alias("occurred_at_us"),
+                asked["model"],
+                asked["version"],
+                asked["mode"],
+                asked["expires_at"].to_physical().alias("expires_us"),
+                pl.Series("source", np.full(asked.height, source, dtype=np.int64)),
+                pl.Series("position", batch.positions),
+                pl.Series("key", [batch.raw.keys[row] for row in batch.rows], dtype=pl.Binary),
+            ]
         )
-        frame = frame.with_columns(self.book.resolve(frame).get_columns())
-        entities = named_values(batch.frame["entities"], self._entities, pl.String)
-        packed = self._packed_inputs(frame["signature"], batch.frame["inputs"])
-        return pl.concat([frame, entities, pl.DataFrame({"inputs": packed})], how="horizontal")
+        resolved = self.book.resolve(frame)
+        entities = named_values(asked["entities"], self._entities, pl.String)
+        packed = self._packed_inputs(resolved["signature"], asked["inputs"])
+        kept = [column for column in frame.get_columns() if column.name != "version"]
+        more = [*resolved.get_columns(), *entities.get_columns(), packed.alias("inputs")]
+        return pl.DataFrame([*kept, *more])
 
     def _packed_inputs(self, signatures: pl.Series, inputs: pl.Series) -> pl.Series:
         packed = np.full(len(signatures), b"", dtype=object)
@@ -279,12 +286,12 @@ class Join:
         ready = self.state.ready()
         if ready is None:
             return []
-        lanes = ready["signature"].replace_strict(
-            {name: one.lane for name, one in self.book.signatures.items()},
-            default="realtime",
-            return_dtype=pl.String,
-        )
-        return [self._lane_tasks(lane, ready.filter(lanes == lane)) for lane in sorted(set(lanes))]
+        lane_of = {name: one.lane for name, one in self.book.signatures.items()}
+        lanes = pl.Series([lane_of.get(name, "realtime") for name in ready["signature"].to_list()])
+        names = sorted(set(lanes))
+        if len(names) == 1:
+            return [self._lane_tasks(names[0], ready)]
+        return [self._lane_tasks(lane, ready.filter(lanes == lane)) for lane in names]
 
     def _lane_tasks(self, lane: str, ready: pl.DataFrame) -> Outgoing:
         vectors = np.full(ready.height, b"", dtype=object)
@@ -293,7 +300,7 @@ class Join:
             if name == UNRESOLVED:
                 continue
             at = np.flatnonzero((ready["signature"] == name).to_numpy())
-            part = ready[at]
+            part = ready if len(at) == ready.height else ready[at]
             vectors[at], missing = _completed(self.book.signatures[name], part)
             failures[at] = missing
         frame = pl.DataFrame(

@@ -156,11 +156,13 @@ def groups(
     tasks: pl.DataFrame, rows: npt.NDArray[np.int64], at_most: int
 ) -> Iterator[tuple[str, int, npt.NDArray[np.int64]]]:
     """Rows by (model, version), in pieces of at most `at_most`."""
-    part = tasks[rows].select("model", "version").with_columns(pl.Series("row", rows))
-    for (model, version), mine in part.group_by("model", "version", maintain_order=True):
-        all_rows = mine["row"].to_numpy()
-        for start in range(0, len(all_rows), at_most):
-            yield str(model), int(str(version)), all_rows[start : start + at_most]
+    names, numbers = tasks["model"].gather(rows), tasks["version"].gather(rows)
+    rows_of: dict[tuple[str, int], list[int]] = {}
+    for row, key in zip(rows.tolist(), zip(names, numbers, strict=True), strict=True):
+        rows_of.setdefault(key, []).append(row)
+    for (model, version), mine in rows_of.items():
+        for start in range(0, len(mine), at_most):
+            yield model, version, np.array(mine[start : start + at_most], dtype=np.int64)
 
 
 def matrix(vectors: Sequence[bytes], width: int) -> npt.NDArray[np.float32]:

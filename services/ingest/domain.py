@@ -78,14 +78,24 @@ def refusals(frame: pl.DataFrame, now_us: Int64s, appended_us: Int64s, rules: Ru
 
 
 def _not_numbers(frame: pl.DataFrame) -> npt.NDArray[np.bool_]:
-    wrong = pl.lit(False)
-    for name, kind in frame.schema.items():
-        if kind.is_float():
-            wrong = wrong | ~pl.col(name).is_finite().fill_null(True)
+    wrong = np.zeros(frame.height, dtype=bool)
+    for column in frame.get_columns():
+        if column.dtype.is_float():
+            wrong |= _not_finite(column)
     if "inputs" in frame.columns:
-        values = pl.element().struct.field("value")
-        wrong = wrong | pl.col("inputs").list.eval(~values.is_finite()).list.any()
-    return frame.select(pl.repeat(False, pl.len()) | wrong).to_series().to_numpy()
+        inputs = frame["inputs"]
+        values = inputs.explode().struct.field("value")
+        if _not_finite(values).any():
+            named = pl.element().struct.field("value")
+            found = inputs.list.eval(~named.is_finite()).list.any()
+            wrong |= found.fill_null(False).to_numpy()
+    return wrong
+
+
+def _not_finite(values: pl.Series) -> npt.NDArray[np.bool_]:
+    """Where a number is NaN or infinite; a null is neither."""
+    finite: npt.NDArray[np.bool_] = np.isfinite(values.to_numpy())  # a null comes out as NaN
+    return ~finite & values.is_not_null().to_numpy() if values.null_count() else ~finite
 
 
 def id_digests(frame: pl.DataFrame) -> list[bytes]:

@@ -19,9 +19,15 @@ def causes(rows: list[tuple[int, int, int]]) -> pl.DataFrame:
     )
 
 
+@pytest.mark.parametrize("few", [0, 64])
 @pytest.mark.parametrize("seed", range(40))
-def test_replays_are_dropped_and_nothing_else(seed: int) -> None:
-    """Sources emit in order but start over from an earlier point; batches cut anywhere."""
+def test_replays_are_dropped_and_nothing_else(
+    seed: int, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sources emit in order but start over from an earlier point; batches cut anywhere.
+
+    By rows where they are few, and by columns."""
+    monkeypatch.setattr("causemesh.runner.marks._FEW", few)
     rng = random.Random(seed)
     streams = []
     for partition in range(3):

@@ -111,13 +111,13 @@ class Aligner:
         time = int64(frame, "occurred_at_us")
         live = (frame["mode"] == "live").to_numpy()
         as_of_us = np.where(live, time + 1, time // self._slice_us * self._slice_us)
-        frame = frame.with_columns(pl.Series("as_of_us", as_of_us))
+        frame = frame.hstack([pl.Series("as_of_us", as_of_us)])
         if self._boundary_us is not None:
             self._late_requests += int((~live & (as_of_us < self._boundary_us)).sum())
         if not live.all():
-            self._waiting = _joined(self._waiting, frame.filter(~live))
+            self._waiting = _joined(self._waiting, frame.filter(~live) if live.any() else frame)
         if live.any():
-            self._answer(frame.filter(live), self._pending)
+            self._answer(frame if live.all() else frame.filter(live), self._pending)
 
     def advance(self, watermark_us: int) -> Advanced:
         """Answer and apply what the watermark (the least of all sources) allows."""
@@ -148,7 +148,9 @@ class Aligner:
             free = marked["__first"].is_null() | (marked["position"] < marked["__first"])
             ready = held.filter(free)
             self._held = held.filter(~free) if ready.height < held.height else None
-        return ready.sort("source", "position") if ready.height else None
+        if ready.height < 2:
+            return ready if ready.height else None
+        return ready.sort("source", "position")
 
     def unemitted_floor_us(self) -> int | None:
         """The least event time of any request that was not emitted: no watermark may pass it."""
@@ -256,7 +258,7 @@ class Aligner:
         vector = self._store.answer_signatures(
             requests, self._signatures, requests["as_of_us"].to_numpy(), chunk
         )
-        self._held = _joined(self._held, requests.with_columns(vector))
+        self._held = _joined(self._held, requests.hstack([vector]))
 
     def _apply(self, name: str, events: RowEvents, until_us: int | None) -> None:
         done = self._store.views[name].apply(events, until_us)

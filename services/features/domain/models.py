@@ -117,13 +117,11 @@ class ModelBook:
             chosen[at] = self._champions(model, occurred[at])
         versions = pl.Series("version", chosen).cast(pl.Int32)
         versions = pinned.cast(pl.Int32).zip_with(pinned.is_not_null(), versions)
-        names = requests.select(
-            pl.concat_str(pl.col("model"), pl.lit("@"), versions.cast(pl.String))
-        ).to_series()
-        failures = [self._failure(name) for name in names.to_list()]
+        names = (requests["model"] + "@" + versions.cast(pl.String)).to_list()
+        failures = [self._failure(name) for name in names]
         signatures = [
             name if failure is None else UNRESOLVED
-            for name, failure in zip(names.to_list(), failures, strict=True)
+            for name, failure in zip(names, failures, strict=True)
         ]
         return pl.DataFrame(
             {

@@ -35,7 +35,9 @@ FACE = {
         "inputs": "catalogue, partition",
         "sources": "catalogue, source",
     },
-    runner.Limits: {"": "max_records=, max_wait_s=, attempts=, retry_s=, commit_every_units="},
+    runner.Limits: {
+        "": "max_records=, max_wait_s=, attempts=, retry_s=, commit_every_units=, gather_s="
+    },
     service.Service: {
         "": "name, settings, *, catalogue, bus, registry, engine",
         "emitter": "writes",

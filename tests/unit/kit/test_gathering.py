@@ -1,0 +1,104 @@
+"""Work that nobody waits for lets records gather; a worker that is behind does not wait."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from causemesh.bus.base import Outbound
+from causemesh.bus.memory import MemoryBus, no_step
+from causemesh.catalogue import Catalogue
+from causemesh.codec.decode import Decoder
+from causemesh.codec.encode import RegistryEncoders
+from causemesh.codec.registry import MemoryRegistry
+from causemesh.positions import MemoryPositionStore
+from causemesh.runner import Batch, Emission, Emitter, Limits, PartitionWorker, Stage
+
+CATALOGUE = Catalogue.load()
+INBOX = "inbox.requests"
+
+
+class Units:
+    """Notes how many bad rows each unit brought, and ends the worker after enough of them."""
+
+    takes_bad_rows = True
+    stateful = False
+
+    def __init__(self, records: int) -> None:
+        self.sizes: list[int] = []
+        self.left = records
+        self.worker: PartitionWorker | None = None
+
+    async def process(
+        self, batches: Sequence[Batch], watermark_us: int, transaction: Any
+    ) -> Emission:
+        size = sum(len(batch.bad) for batch in batches)
+        self.sizes += [size] if size else []
+        self.left -= size
+        assert self.worker is not None
+        self.worker.stopping = not self.left
+        return Emission()
+
+    def snapshot(self) -> bytes | None:
+        return None
+
+    def restore(self, state: bytes | None) -> None: ...
+
+
+class ProducingClock:
+    """While somebody sleeps, three records come."""
+
+    def __init__(self, bus: MemoryBus, records: int) -> None:
+        self._bus = bus
+        self._left = records
+        self.slept: list[float] = []
+
+    def now_us(self) -> int:
+        return 0
+
+    def monotonic(self) -> float:
+        return 0.0
+
+    async def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        count = min(3, self._left)
+        self._left -= count
+        values = [b"no record"] * count
+        await self._bus.producer("p").send([Outbound(INBOX, 0, [None] * count, values)])
+
+
+@pytest.mark.parametrize(
+    ("gather_s", "max_records", "sizes", "slept"),
+    [
+        (0.25, 100, [1, 3, 3], [0.25, 0.25, 0.25]),
+        (0.25, 1, [1] * 7, []),  # behind: every fetch is full
+        (0.0, 100, [7], []),
+    ],
+)
+async def test_records_gather_only_where_asked_and_not_behind(
+    gather_s: float, max_records: int, sizes: list[int], slept: list[float]
+) -> None:
+    bus = MemoryBus()
+    for topic in CATALOGUE.topics.values():
+        bus.create(topic.name, topic.partitions)
+    now = 1 if slept else 7
+    await bus.producer("p").send([Outbound(INBOX, 0, [None] * now, [b"no record"] * now)])
+    registry, units, clock = MemoryRegistry(), Units(7), ProducingClock(bus, 7 - now)
+    worker = PartitionWorker(
+        Stage("ingest", "g", (INBOX,)),
+        0,
+        units,
+        bus=bus,
+        store=MemoryPositionStore(no_step),
+        catalogue=CATALOGUE,
+        decoder=Decoder(registry),
+        emitter=Emitter(CATALOGUE, RegistryEncoders(registry), bus.producer("p"), ()),
+        clock=clock,
+        limits=Limits(max_records=max_records, max_wait_s=0.0, gather_s=gather_s),
+    )
+    units.worker = worker
+    await worker.run()
+    assert units.sizes == sizes
+    assert clock.slept == slept

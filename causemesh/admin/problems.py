@@ -39,6 +39,19 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 """The failures that any route may answer with, for OpenAPI."""
 
 
+_ABOUT = {
+    404: "There is no such thing",
+    409: "It is not in a state for that",
+    413: "The body is too large",
+    421: "Another instance of the service holds it",
+}
+
+
+def failures(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The failures of a route beside those that any may answer with, for OpenAPI."""
+    return {status: _described(_ABOUT[status]) for status in statuses}
+
+
 class Problem(Exception):
     """An expected failure of a request.
 

@@ -10,7 +10,7 @@ from uuid import UUID
 from fastapi import APIRouter, Depends, Query
 from pydantic import BaseModel, ConfigDict, Field
 
-from causemesh.admin import Page, PageParams, Problem, page_of
+from causemesh.admin import Page, PageParams, Problem, failures, page_of
 from causemesh.clock import Clock
 from services.agents.decisions import Decisions
 from services.agents.domain.review import APPROVE, REJECT, Review, review_of
@@ -91,7 +91,7 @@ def routes(store: RunStore, decisions: Decisions, clock: Clock) -> APIRouter:
         answers = [_review_answer(review) for review in shown.items]
         return Page(items=answers, next_cursor=shown.next_cursor)
 
-    @api.get("/reviews/{review_id}", tags=["reviews"])
+    @api.get("/reviews/{review_id}", tags=["reviews"], responses=failures(404))
     async def get_review(review_id: UUID) -> ReviewAnswer:
         """One review."""
         review = await store.review(str(review_id))
@@ -99,17 +99,17 @@ def routes(store: RunStore, decisions: Decisions, clock: Clock) -> APIRouter:
             raise _no_review(review_id)
         return _review_answer(review)
 
-    @api.post("/reviews/{review_id}/approve", tags=["reviews"])
+    @api.post("/reviews/{review_id}/approve", tags=["reviews"], responses=failures(404, 409))
     async def approve_review(review_id: UUID, ask: DecisionAsk) -> ReviewAnswer:
         """Let the prediction stand; the same again is answered alike, otherwise 409."""
         return await _decided(decisions, review_id, ask.signal(APPROVE, clock.now_us()))
 
-    @api.post("/reviews/{review_id}/reject", tags=["reviews"])
+    @api.post("/reviews/{review_id}/reject", tags=["reviews"], responses=failures(404, 409))
     async def reject_review(review_id: UUID, ask: DecisionAsk) -> ReviewAnswer:
         """Refuse the prediction; the same again is answered alike, otherwise 409."""
         return await _decided(decisions, review_id, ask.signal(REJECT, clock.now_us()))
 
-    @api.get("/runs/{run_id}", tags=["runs"])
+    @api.get("/runs/{run_id}", tags=["runs"], responses=failures(404))
     async def get_run(run_id: UUID) -> RunAnswer:
         """One run with its steps."""
         run = await store.run(str(run_id))

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Query
 from pydantic import BaseModel
 
-from causemesh.admin import Page, PageParams, Problem, page_of
+from causemesh.admin import Page, PageParams, Problem, failures, page_of
 from services.billing.books import Books, Head, InvoiceFilter
 from services.billing.domain.invoicing import InvoiceLine
 from services.billing.domain.plans import BillingConfig
@@ -143,14 +143,14 @@ def _invoice_routes(api: APIRouter, books: Books) -> None:
         answers = [InvoiceAnswer.model_validate(asdict(head)) for head in shown.items]
         return Page(items=answers, next_cursor=shown.next_cursor)
 
-    @api.get("/invoices/{invoice_id}", tags=["invoices"])
+    @api.get("/invoices/{invoice_id}", tags=["invoices"], responses=failures(404))
     async def get_invoice(invoice_id: str) -> InvoiceWithLines:
         """One invoice with its lines."""
         head = await known(invoice_id)
         lines = (await books.lines_of([head.invoice_id])).get(head.invoice_id, [])
         return InvoiceWithLines(**asdict(head), lines=[_line(line) for line in lines])
 
-    @api.post("/invoices/{invoice_id}/retry", tags=["invoices"])
+    @api.post("/invoices/{invoice_id}/retry", tags=["invoices"], responses=failures(404, 409))
     async def retry_invoice(invoice_id: str) -> InvoiceAnswer:
         """Push a mismatch once more, after a person has put it right at Stripe."""
         head = await known(invoice_id)
@@ -208,12 +208,12 @@ def _proof_routes(api: APIRouter, books: Books, proofs: Proofs) -> None:
             raise Problem(404, "not_found", f"there is no invoice line {line_id}")
         return found
 
-    @api.get("/lines/{line_id:path}/verify", tags=["proofs"])
+    @api.get("/lines/{line_id:path}/verify", tags=["proofs"], responses=failures(404))
     async def verify_line(line_id: str) -> Proof:
         """Read a line's records from the log, count and rate them again, and compare."""
         return await proofs.line(*await known(line_id))
 
-    @api.get("/lines/{line_id:path}", tags=["proofs"])
+    @api.get("/lines/{line_id:path}", tags=["proofs"], responses=failures(404))
     async def get_line(line_id: str) -> LineInFull:
         """One line, and where in the log it comes from."""
         head, line = await known(line_id)
@@ -228,7 +228,7 @@ def _proof_routes(api: APIRouter, books: Books, proofs: Proofs) -> None:
             filter=meter.filter if meter else None,
         )
 
-    @api.post("/recount", tags=["proofs"])
+    @api.post("/recount", tags=["proofs"], responses=failures(404))
     async def recount(period: Annotated[str, Query(pattern=_PERIOD)]) -> Recount:
         """Make all invoices of a month once more from the log, and compare."""
         made = await proofs.month(period)

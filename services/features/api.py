@@ -11,7 +11,7 @@ import numpy as np
 from fastapi import APIRouter
 from pydantic import BaseModel
 
-from causemesh.admin import Problem
+from causemesh.admin import Problem, failures
 from causemesh.bus.partitioner import partitions_of
 from services.features.domain.definitions import FeatureView
 from services.features.domain.events import SEPARATOR
@@ -57,7 +57,7 @@ def routes(
             for view in plan.views
         ]
 
-    @api.get("/views/{name}/entities/{entity}", tags=["views"])
+    @api.get("/views/{name}/entities/{entity}", tags=["views"], responses=failures(404, 421))
     async def read_vector(name: str, entity: str, tenant_id: str | None = None) -> dict[str, Any]:
         """An entity's current features; parts of a composite entity are joined by a comma."""
         view = views.get(name)

@@ -12,7 +12,7 @@ import onnx
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from causemesh.admin import Problem
+from causemesh.admin import Problem, failures
 from causemesh.catalogue import Catalogue
 from causemesh.clock import Clock
 from causemesh.errors import Misdeclared
@@ -145,7 +145,7 @@ def routes(registry: Registry) -> APIRouter:
 def _add_writes(api: APIRouter, registry: Registry) -> None:
     store = registry.store
 
-    @api.put("/artefacts")
+    @api.put("/artefacts", responses=failures(413))
     async def upload(request: Request) -> dict[str, Any]:
         """Keep an ONNX file (the raw body); answers its SHA-256. Again is no harm."""
         content = await request.body()
@@ -156,7 +156,11 @@ def _add_writes(api: APIRouter, registry: Registry) -> None:
         await store.add_artefact(digest, content)
         return {"sha256": digest, "bytes": len(content)}
 
-    @api.post("/models/{model}/versions", status_code=201)
+    @api.post(
+        "/models/{model}/versions",
+        status_code=201,
+        responses={200: {"description": "It was registered before"}, **failures(409)},
+    )
     async def register(model: str, ask: VersionAsk, response: Response) -> dict[str, Any]:
         """Register a version: it is loaded and tried before anybody hears of it.
 
@@ -192,7 +196,7 @@ def _add_reads(api: APIRouter, registry: Registry) -> None:
             for model, known in numbers.items()
         ]
 
-    @api.get("/models/{model}/versions")
+    @api.get("/models/{model}/versions", responses=failures(404))
     async def list_versions(model: str) -> list[dict[str, Any]]:
         """A model's versions with their signatures."""
         versions = await store.versions(model)

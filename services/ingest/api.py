@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Header, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from causemesh.admin import Problem
+from causemesh.admin import Problem, failures
 from causemesh.bus.base import Producer
 from causemesh.client import REQUESTS, Client
 from causemesh.codec.rows import RowEncoder
@@ -107,7 +107,7 @@ def routes(
     api = APIRouter()
     rejects = Rejects(log, client.catalogue, producer)
 
-    @api.post("/events", status_code=202, tags=["events"])
+    @api.post("/events", status_code=202, tags=["events"], responses=failures(413))
     async def produce_events(request: Request) -> Accepted:
         """Write CloudEvents: one, or a list (application/cloudevents-batch+json).
 
@@ -119,7 +119,11 @@ def routes(
             await client.produce(kind, part)
         return Accepted(accepted=len(events))
 
-    @api.post("/predictions", tags=["predictions"])
+    @api.post(
+        "/predictions",
+        tags=["predictions"],
+        responses={202: {"description": "Accepted; the outcome is not here yet"}, **failures(413)},
+    )
     async def predict(
         ask: PredictionAsk,
         response: Response,

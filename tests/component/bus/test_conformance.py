@@ -142,7 +142,7 @@ async def test_trace_contexts_travel_with_their_records(bus: Bus, topic: str) ->
     for partition, expected in ((0, [None, trace]), (1, None)):
         reader = bus.reader({(topic, partition): BEFORE_FIRST})
         rows: list[bytes] = []
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(90):
             while len(rows) < 2:
                 for batch in await reader.fetch(10, 0.3):
                     rows += [value for value in batch.values if value]
@@ -153,7 +153,7 @@ async def test_trace_contexts_travel_with_their_records(bus: Bus, topic: str) ->
 
 async def settled(member: Any, count: int) -> frozenset[int]:
     """Wait for an assignment of `count` partitions."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(90):
         while True:
             owned: frozenset[int] = await member.changed()
             if len(owned) == count:

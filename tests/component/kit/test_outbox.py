@@ -309,7 +309,7 @@ async def test_a_drain_that_lost_its_lock_only_repeats(outbox: Outbox) -> None:
     async with outbox.engine.connect() as connection:
         await connection.execute(
             sa.text(
-                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity"
                 " WHERE datname = current_database() AND state = 'idle in transaction'"
                 " AND pid <> pg_backend_pid()"
             )

@@ -224,7 +224,7 @@ async def test_members_that_come_and_go_lose_and_double_nothing(mesh: Mesh) -> N
     await mesh.produce(COUNT)
     await until(mesh, COUNT // 4)
     tasks.append(asyncio.create_task(second.run()))
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(90):
         while not shared(first, second):  # noqa: ASYNC110 - polls a group
             await asyncio.sleep(0.1)
     await mesh.produce(COUNT, offset=COUNT)

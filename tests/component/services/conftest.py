@@ -44,7 +44,7 @@ _READ = (REJECTS, PREDICTIONS, TASKS, READINGS, VECTORS, VERSIONS, DEADLETTERS)
 Rows = Sequence[Mapping[str, Any]]
 
 
-async def until(condition: Callable[[], Awaitable[Any]], timeout_s: float = 30) -> Any:
+async def until(condition: Callable[[], Awaitable[Any]], timeout_s: float = 90) -> Any:
     """The first true answer of `condition`."""
     async with asyncio.timeout(timeout_s):
         while not (answer := await condition()):  # noqa: ASYNC110 - polls other processes
@@ -206,7 +206,7 @@ async def _create_topics(cluster: Endpoints) -> None:
     catalogue = Catalogue.load([PROJECT])
     admin = KafkaBus(cluster.kafka_bootstrap).admin()
     await admin.ensure(list(catalogue.topics.values()))
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(90):
         while True:
             try:
                 await admin.ends(list(catalogue.topics))

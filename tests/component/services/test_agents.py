@@ -284,7 +284,7 @@ class Agents:
     def end(self, how: signal.Signals) -> int:
         assert self.process is not None
         self.process.send_signal(how)
-        return self.process.wait(20)
+        return self.process.wait(60)
 
     async def ready(self) -> bool:
         assert self.process is not None

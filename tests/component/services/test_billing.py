@@ -249,7 +249,7 @@ def stripe_standin(tmp_path: Path) -> Iterator[Stripe]:
     command = [sys.executable, *argv, "--data", str(tmp_path / "stripe.db")]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as running:
         made = Stripe(f"http://127.0.0.1:{port}")
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while True:
             with suppress(httpx.TransportError):
                 made.api.get("/_calls")
@@ -296,7 +296,7 @@ class Billing:
     def end(self, how: signal.Signals) -> int:
         assert self.process is not None
         self.process.send_signal(how)
-        return self.process.wait(20)
+        return self.process.wait(60)
 
     async def ready(self) -> bool:
         assert self.process is not None

@@ -200,7 +200,7 @@ class Process:
     def end(self, number: signal.Signals) -> int:
         assert self.child is not None
         self.child.send_signal(number)
-        return self.child.wait(20)
+        return self.child.wait(60)
 
     def client(self, token: str = TOKEN) -> httpx.AsyncClient:
         return httpx.AsyncClient(
@@ -341,7 +341,7 @@ def registration(model: str, version: int = 1, **changes: Any) -> dict[str, Any]
     } | changes
 
 
-async def until(what: Callable[[], Any], seconds: float = 30) -> Any:
+async def until(what: Callable[[], Any], seconds: float = 90) -> Any:
     """Ask until the answer is not false."""
     ends = time.monotonic() + seconds
     while not (found := await what()):

@@ -25,6 +25,7 @@ from causemesh.codec.decode import Decoder
 from causemesh.codec.encode import RegistryEncoders
 from causemesh.codec.registry import HttpRegistry
 from causemesh.errors import Fatal, MeshError, Misdeclared, Retryable
+from causemesh.faultpoints import arm
 from causemesh.migrations import migrate
 from causemesh.outbox import OutboxDrain
 from causemesh.positions_sql import SqlPositionStore
@@ -255,6 +256,7 @@ async def open_service(name: str, settings: ServiceSettings) -> AsyncIterator[Se
     """Connect a service and bring its database up to date; closes all at the end."""
     configure_logging(name, level=settings.log_level, form=settings.log_format)
     settings.token()
+    arm(settings.fault)
     projects = [settings.project] if settings.project else []
     catalogue = Catalogue.load(projects, partitions=settings.partitions)
     async with AsyncExitStack() as stack:

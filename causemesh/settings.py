@@ -42,6 +42,9 @@ class ServiceSettings(BaseSettings):
     api_token: SecretStr = Field(
         default=SecretStr(""), description="Bearer token of the admin API; at least 16 characters."
     )
+    fault: str = Field(
+        default="", description="For tests: `point:kill|pause|error[:count]`; see faultpoints."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["json", "console"] = "json"
 

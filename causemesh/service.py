@@ -265,7 +265,11 @@ async def open_service(name: str, settings: ServiceSettings) -> AsyncIterator[Se
         )
         stack.push_async_callback(engine.dispose)
         await _patiently(lambda: migrate(name, engine))
-        bus = KafkaBus(settings.kafka_bootstrap, replication=settings.replication)
+        bus = KafkaBus(
+            settings.kafka_bootstrap,
+            session_timeout_ms=settings.session_timeout_ms,
+            replication=settings.replication,
+        )
         registry = HttpRegistry(settings.registry_url)
         service = Service(
             name, settings, catalogue=catalogue, bus=bus, registry=registry, engine=engine

@@ -144,7 +144,7 @@ class _Auditor(_Plain):
 async def run(plan: Plan) -> None:
     """All three stages and the drain, until the process ends."""
     catalogue, clock = plan.catalogue(), SystemClock()
-    bus, registry = KafkaBus(plan.kafka), HttpRegistry(plan.registry)
+    bus, registry = KafkaBus(plan.kafka, session_timeout_ms=3_000), HttpRegistry(plan.registry)
     engine = create_async_engine(plan.database)
     encoders, producer = RegistryEncoders(registry), bus.producer("chaos")
 

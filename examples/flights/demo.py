@@ -88,9 +88,9 @@ class Demo:
         async with connections(self._home) as open_to, _client(open_to) as client:
             outcomes = Outcomes(open_to)
             disturbances = Disturbances(story.kill, mesh, self._out.progress)
-            disturbances.prepare()
             following = asyncio.create_task(self._follow(mesh, outcomes, disturbances, began))
             try:
+                await disturbances.prepare()
                 end_us = await self._replay(mesh, open_to, client, outcomes)
                 waiting = Waiting(mesh, self._out.progress)
                 await waiting.outcomes(outcomes, story.replay.requests.height)
@@ -184,12 +184,9 @@ class Demo:
         reasons = await _counts(open_to, "ingest.rejects.v1", "reason")
         dead = await _counts(open_to, "mesh.deadletters.v1", "reason")
         recounts = [books.recounts[period]["equal"] for period in periods]
-        line = next(
-            line
-            for invoice in books.invoices
-            for line in invoice["lines"]
-            if line["meter"] == "predictions" and line["amount_minor"] > 0
-        )
+        lines = [line for invoice in books.invoices for line in invoice["lines"]]
+        predicted = [line for line in lines if line["meter"] == "predictions"]
+        line = max(predicted, key=lambda one: one["amount_minor"])
         traced = await tracing.trace(self._home, line["line_id"], verify=True)
         checks = [
             checking.every_request_has_one_outcome(story.replay, asked),

@@ -59,11 +59,12 @@ class Disturbances:
         self._one_at_a_time = asyncio.Lock()
         self._recoveries: list[dict[str, Any]] = []
 
-    def prepare(self) -> None:
+    async def prepare(self) -> None:
         """Order Stripe's faults and arm the first fault points."""
-        if self._faults:
-            self._order_stripe_faults()
-        self._walk.begin()
+        async with self._one_at_a_time:
+            if self._faults:
+                await asyncio.to_thread(self._order_stripe_faults)
+            await asyncio.to_thread(self._walk.begin)
 
     async def at(self, share: float) -> None:
         """Do what is due when `share` (0 to 1) of the outcomes is there."""
@@ -155,7 +156,10 @@ class FaultWalk:
         if self._supervisor is not None:
             self._supervisor.suspend()
         for service in sorted({_service(point) for point in self.left}):
-            self._mesh.process(service).stop()
+            self._mesh.kill(service)
+            # not waited for by its parent, which is suspended: it lingers as a zombie
+            while self._mesh.process(service).running() is not None:
+                time.sleep(_POLL_S)
             self._start(service)
 
     def step(self) -> None:

@@ -22,7 +22,7 @@ PAUSES = ",".join(f"pause:{name}" for name in ("ingest", "features", "inference"
 STRIPE = "stripe:timeout,stripe:500,stripe:500-after,stripe:429"
 SEED = int(os.environ.get("CHAOS_SEED") or random.randrange(2**32))
 KILLS = int(os.environ.get("CHAOS_KILLS", "20"))
-DAYS = os.environ.get("CHAOS_DAYS", "3")
+DAYS = os.environ.get("CHAOS_DAYS", "10")
 EQUAL = ("digest_predictions", "digest_invoices", "outcomes", "rejects", "reviews", "drift_alerts")
 
 

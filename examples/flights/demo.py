@@ -184,9 +184,12 @@ class Demo:
         reasons = await _counts(open_to, "ingest.rejects.v1", "reason")
         dead = await _counts(open_to, "mesh.deadletters.v1", "reason")
         recounts = [books.recounts[period]["equal"] for period in periods]
-        lines = [line for invoice in books.invoices for line in invoice["lines"]]
-        predicted = [line for line in lines if line["meter"] == "predictions"]
-        line = max(predicted, key=lambda one: one["amount_minor"])
+        line = next(
+            line
+            for invoice in books.invoices
+            for line in invoice["lines"]
+            if line["meter"] == "predictions" and line["amount_minor"] > 0
+        )
         traced = await tracing.trace(self._home, line["line_id"], verify=True)
         checks = [
             checking.every_request_has_one_outcome(story.replay, asked),

@@ -7,7 +7,7 @@ export POLARS_MAX_THREADS := 1
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test demo down unit pure simulation component e2e lint types imports docs lock clean
+.PHONY: help setup test demo down unit pure simulation component chaos chaos-short e2e lint types imports docs lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -20,7 +20,7 @@ $(STAMP): requirements/dev.txt pyproject.toml
 
 setup: $(STAMP) ## Make the virtual environment
 
-test: lint types imports unit component e2e ## The whole suite; starts the servers it needs
+test: lint types imports unit component chaos-short e2e ## The whole suite; starts the servers it needs
 
 demo: $(STAMP) ## Real flights through the whole mesh (DEMO_MONTHS=3, DEMO_EXIT=1, DEMO_KILL=features)
 	$(BIN)/python -m examples.flights.demo
@@ -39,6 +39,12 @@ simulation: $(STAMP)
 
 component: $(STAMP) ## Tests on real servers from package registries
 	$(BIN)/python -m pytest tests/component
+
+chaos-short: $(STAMP) ## A process killed at every step of the protocol
+	$(BIN)/python -m pytest tests/chaos/test_fault_points.py -v -s
+
+chaos: $(STAMP) ## That, and the replay under kills, pauses and faults (CHAOS_SEED, CHAOS_KILLS=20)
+	$(BIN)/python -m pytest tests/chaos -v -s
 
 e2e: $(STAMP) ## From flights to invoices, with services and servers killed on the way
 	$(BIN)/python -m pytest tests/e2e -v

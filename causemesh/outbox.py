@@ -25,6 +25,7 @@ from causemesh.catalogue import Catalogue, Schema
 from causemesh.clock import SystemClock
 from causemesh.codec.columns import column_type
 from causemesh.errors import Misdeclared
+from causemesh.faultpoints import Point, reach
 from causemesh.periodic import repeat
 from causemesh.runner.batch import Outgoing
 from causemesh.runner.emitter import Emitter
@@ -146,7 +147,9 @@ class OutboxDrain:
             found = (await connection.execute(waiting)).mappings().all()
             if not found:
                 return 0
+            reach(Point.OUTBOX_READ)
             await self._emitter.send(self._outgoing(shard, found), {})
+            reach(Point.OUTBOX_SENT)
             last = found[-1]["row_number"]
             await connection.execute(
                 sa.update(outbox_drains).where(drains.shard == shard).values(drained=last)
@@ -154,7 +157,8 @@ class OutboxDrain:
             await connection.execute(
                 sa.delete(outbox_rows).where(rows.shard == shard, rows.row_number <= last)
             )
-            return len(found)
+        reach(Point.OUTBOX_MARKED)
+        return len(found)
 
     def _outgoing(self, shard: int, found: Sequence[Any]) -> list[Outgoing]:
         """One Outgoing a topic, rows in order."""

@@ -25,6 +25,7 @@ from causemesh.codec.decode import Decoder
 from causemesh.codec.encode import RegistryEncoders
 from causemesh.codec.registry import HttpRegistry
 from causemesh.errors import Fatal, MeshError, Misdeclared, Retryable
+from causemesh.faultpoints import arm
 from causemesh.migrations import migrate
 from causemesh.outbox import OutboxDrain
 from causemesh.positions_sql import SqlPositionStore
@@ -255,6 +256,7 @@ async def open_service(name: str, settings: ServiceSettings) -> AsyncIterator[Se
     """Connect a service and bring its database up to date; closes all at the end."""
     configure_logging(name, level=settings.log_level, form=settings.log_format)
     settings.token()
+    arm(settings.fault)
     projects = [settings.project] if settings.project else []
     catalogue = Catalogue.load(projects, partitions=settings.partitions)
     async with AsyncExitStack() as stack:
@@ -263,7 +265,11 @@ async def open_service(name: str, settings: ServiceSettings) -> AsyncIterator[Se
         )
         stack.push_async_callback(engine.dispose)
         await _patiently(lambda: migrate(name, engine))
-        bus = KafkaBus(settings.kafka_bootstrap, replication=settings.replication)
+        bus = KafkaBus(
+            settings.kafka_bootstrap,
+            session_timeout_ms=settings.session_timeout_ms,
+            replication=settings.replication,
+        )
         registry = HttpRegistry(settings.registry_url)
         service = Service(
             name, settings, catalogue=catalogue, bus=bus, registry=registry, engine=engine

@@ -36,11 +36,20 @@ class ServiceSettings(BaseSettings):
         default=None, description="Folder with the project's catalogue.yaml and service files."
     )
     partitions: int | None = Field(default=None, ge=1, le=1024)
+    session_timeout_ms: int = Field(
+        default=6_000,
+        ge=1_000,
+        description="A member that is silent for so long loses its partitions. Brokers refuse less"
+        " than their group.min.session.timeout.ms, 6,000 unless set.",
+    )
     replication: int = Field(default=1, ge=1)
     api_host: str = "127.0.0.1"
     api_port: int | None = Field(default=None, ge=1, le=65535)
     api_token: SecretStr = Field(
         default=SecretStr(""), description="Bearer token of the admin API; at least 16 characters."
+    )
+    fault: str = Field(
+        default="", description="For tests: `point:kill|pause|error[:count]`; see faultpoints."
     )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["json", "console"] = "json"

@@ -71,6 +71,8 @@ class Mesh:
             **endpoints,
             "CAUSEMESH_PROJECT": str(self._project),
             "CAUSEMESH_API_TOKEN": self.token,
+            # the embedded broker allows it, and a service that was killed is back that much sooner
+            "CAUSEMESH_SESSION_TIMEOUT_MS": os.environ.get("CAUSEMESH_SESSION_TIMEOUT_MS", "3000"),
             **self.extra,
         }
 

@@ -244,10 +244,17 @@ class StripeStandIn:
 
     def start(self, progress: Progress) -> None:
         """See `Server.start`."""
+        self._start(progress)
+
+    def start_with_faults(self) -> None:
+        """Start so that tests can order faults: see `causemesh.local.stripe.faults`."""
+        self._start(lambda name, state: None, "--faults")
+
+    def _start(self, progress: Progress, *more: str) -> None:
         progress("stripe", "starting")
         self._data.parent.mkdir(parents=True, exist_ok=True)
         argv: list[str | Path] = [sys.executable, "-m", "causemesh.local.stripe"]
-        self.process.start([*argv, "--port", str(self.port), "--data", self._data])
+        self.process.start([*argv, "--port", str(self.port), "--data", self._data, *more])
         self.process.wait_ready(lambda: port_open(self.port), 30)
 
     def stop(self) -> None:

@@ -20,6 +20,7 @@ from causemesh.bus.base import BEFORE_FIRST, Bus, Reader, TopicPartition
 from causemesh.catalogue import Catalogue
 from causemesh.clock import Clock
 from causemesh.codec.base import BatchDecoder
+from causemesh.faultpoints import Point, reach
 from causemesh.positions import Checkpoint, Claim, PositionStore
 from causemesh.runner.batch import NEVER, Batch, Emission, Processor
 from causemesh.runner.deadletters import DeadRows, dead_letters
@@ -80,6 +81,7 @@ class PartitionWorker:
     async def run(self) -> None:
         """Work until `stopping`. Raises Fenced when replaced, Retryable or Fatal when it failed."""
         claim, checkpoint = await self._store.claim(self.stage.group, self.partition)
+        reach(Point.WORKER_CLAIMED)
         self._restore(checkpoint or Checkpoint())
         reader = self._bus.reader(self.positions)
         try:
@@ -103,6 +105,8 @@ class PartitionWorker:
     async def _step(self, claim: Claim, reader: Reader) -> int:
         """One unit; returns how many records the fullest partition gave."""
         raws = await reader.fetch(self._limits.max_records, self._limits.max_wait_s)
+        if raws:  # an idle round is no step
+            reach(Point.WORKER_FETCHED)
         began = self._clock.monotonic()
         replays = self.intake.counts.replays
         batches = await self.intake.take(raws)
@@ -136,14 +140,21 @@ class PartitionWorker:
         async with self._store.unit(claim) as unit:
             watermark = self.watermarks.least()
             emission = await self.processor.process(batches, watermark, unit.transaction)
+            if batches:
+                reach(Point.WORKER_PROCESSED)
             letters = dead_letters(self.stage.service, dead)
             promises = self._due_promises(emission)
             self._dead = sum(len(part) for part in letters)
             self._sent = sum(len(part) for part in emission.outgoing)
             await self._emitter.send([*emission.outgoing, *letters], promises)
+            if batches:
+                reach(Point.WORKER_SENT)
             self._promised.update(promises)
             if self._commit_is_due(moved=watermark != self._seen_watermark, idle=idle):
-                await unit.commit(self._checkpoint())
+                checkpoint = self._checkpoint()
+                reach(Point.WORKER_COMMITTING)
+                await unit.commit(checkpoint)
+                reach(Point.WORKER_COMMITTED)
                 self._uncommitted = 0
                 self._seen_watermark = watermark
                 self.committed = True

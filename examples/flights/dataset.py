@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import polars as pl
@@ -61,8 +62,9 @@ class Defects:
     nameless: int
 
 
-def load(months: int) -> Replay:
-    """The first `months` months of 2013 (1 to 12), by the local date of scheduled departure.
+def load(months: int, days: int | None = None) -> Replay:
+    """The first `months` months of 2013 (1 to 12), by the local date of scheduled departure; of
+    those the first `days` days of event time, when given.
 
     Every flight has a request, cancelled ones too; it departed if its departure is known, and
     landed if its arrival delay is. Raises Misdeclared for other months, or without the data.
@@ -70,12 +72,21 @@ def load(months: int) -> Replay:
     if not 1 <= months <= 12:
         raise Misdeclared(f"months must be 1 to 12, not {months}")
     flights = _with_ids(read_flights(months))
-    return Replay(
+    whole = Replay(
         departed=_flights(flights, "dep-", "departed_at", departure_delay_minutes="dep_delay"),
         landed=_flights(flights, "arr-", "arrived_at", arrival_delay_minutes="arr_delay"),
         weather=_weather(read_weather(months)),
         requests=_requests(flights),
     )
+    return whole if days is None else _first_days(whole, days)
+
+
+def _first_days(replay: Replay, days: int) -> Replay:
+    end = pl.lit(datetime(2013, 1, 1, tzinfo=UTC) + timedelta(days=days))
+    early = {
+        name: frame.filter(pl.col("occurred_at") < end) for name, frame in vars(replay).items()
+    }
+    return Replay(**early)
 
 
 def slices(replay: Replay, hours: int = 6) -> Iterator[tuple[int, dict[str, pl.DataFrame]]]:

@@ -1,8 +1,9 @@
 """The whole mesh on real flights, checked at the end: `make demo`.
 
-Settings: DEMO_MONTHS (default 3), DEMO_EXIT=1 (stop at the end also at a terminal), DEMO_KILL (by
-comma: services and servers that are ended by kill -9 on the way, and pause:<service>),
-DEMO_PARTITIONS (of each topic, default 2), CAUSEMESH_HOME (default .causemesh).
+Settings: DEMO_MONTHS (default 3), DEMO_DAYS (only the first days of the first month), DEMO_EXIT=1
+(stop at the end also at a terminal), DEMO_KILL (by comma: services and servers that are ended by
+kill -9 on the way, and what else `disturbing` knows), DEMO_PARTITIONS (of each topic, default 2),
+CAUSEMESH_HOME (default .causemesh).
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class Story:
     probe: dict[str, float] = field(default_factory=dict)
     peak_rss_mb: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
+    recoveries: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def sent(self) -> int:
@@ -66,11 +68,13 @@ class Story:
 class Demo:
     """One run, from empty data to the summary."""
 
-    def __init__(self, home: Path, months: int, kill: Sequence[str], out: Output) -> None:
+    def __init__(
+        self, home: Path, months: int, days: int | None, kill: Sequence[str], out: Output
+    ) -> None:
         self._home = home
         self._months = months
         self._out = out
-        replay = load(months)
+        replay = load(months, days)
         departed, defects = with_defects(replay.departed)
         spoiled = Replay(departed, replay.landed, replay.weather, replay.requests)
         self._story = Story(spoiled, defects, list(kill))
@@ -86,6 +90,7 @@ class Demo:
             disturbances = Disturbances(story.kill, mesh, self._out.progress)
             following = asyncio.create_task(self._follow(mesh, outcomes, disturbances, began))
             try:
+                await disturbances.prepare()
                 end_us = await self._replay(mesh, open_to, client, outcomes)
                 waiting = Waiting(mesh, self._out.progress)
                 await waiting.outcomes(outcomes, story.replay.requests.height)
@@ -93,8 +98,10 @@ class Demo:
                 periods = _months_before(end_us)
                 last_day = story.replay.requests["occurred_at"].dt.strftime("%Y-%m-%d").max()
                 await waiting.settled(periods, str(last_day))
+                story.recoveries = disturbances.finish()
             finally:
                 following.cancel()
+                disturbances.release()
                 with suppress(asyncio.CancelledError):
                     await following
             story.seconds["replay"] = time.monotonic() - began
@@ -124,7 +131,11 @@ class Demo:
             self._sent = sent
             if until_us == _micros(TRAINED_FROM):
                 await self._train(mesh, open_to, outcomes)
-        last_us = until_us + 4 * _DAY_US  # past every grace period, label wait and review time-out
+        month_end_us = _micros(
+            datetime(2013 + self._months // 12, self._months % 12 + 1, 1, tzinfo=UTC)
+        )
+        # past every grace period, label wait and review time-out
+        last_us = max(until_us, month_end_us) + 4 * _DAY_US
         for kind in self._story.replay.frames:
             await client.watermark(kind, last_us)
         return last_us
@@ -200,6 +211,7 @@ class Demo:
             "training_auc": story.trained and story.trained.auc,
             "latency": story.probe,
             "seconds": {name: round(value, 1) for name, value in story.seconds.items()},
+            "recoveries": story.recoveries,
             "requests_per_second": round(story.replay.requests.height / story.seconds["replay"]),
             "peak_services_rss_mb": round(story.peak_rss_mb),
             "reviews": books.reviews,
@@ -310,13 +322,14 @@ def main() -> int:
     """Run the demo; the exit status says whether every check passed."""
     home = Path(os.environ.get("CAUSEMESH_HOME", ".causemesh"))
     months = int(os.environ.get("DEMO_MONTHS", "3"))
+    days = os.environ.get("DEMO_DAYS")
     kill = [name for name in os.environ.get("DEMO_KILL", "").split(",") if name]
     out = Output()
     stay = sys.stdout.isatty() and os.environ.get("DEMO_EXIT") != "1"
     partitions = int(os.environ.get("DEMO_PARTITIONS", _PARTITIONS))
     began = time.monotonic()
     fresh_home(home)
-    demo = Demo(home, months, kill, out)
+    demo = Demo(home, months, int(days) if days else None, kill, out)
     try:
         mesh = running.up(home, PROJECT, out.progress, partitions=partitions)
         out.progress("ready", f"after {time.monotonic() - began:.0f} s")

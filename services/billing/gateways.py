@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import stripe
 
 from causemesh.errors import MeshError, Retryable
+from causemesh.faultpoints import Point, reach
 from services.billing.domain.stripe_calls import (
     INVOICE_KEY,
     LINE_KEY,
@@ -119,15 +120,20 @@ class StripePayments:
         """See `Payments.make`."""
         params: dict[str, object] = {**call.params, "metadata": dict(call.metadata)}
         params.update({name: ids[name] for name in call.needs})
+        reach(Point.BILLING_MAKING)
         with _errors():
             made = await self._creates[call.operation](params, {"idempotency_key": key})
+        reach(Point.BILLING_MADE)
         return str(made.id)
 
     async def finalise(self, call: StripeCall, stripe_id: str, key: str) -> Bill:
         """See `Payments.finalise`."""
         finalize = self._api.invoices.finalize_invoice_async
+        reach(Point.BILLING_FINALISING)
         with _errors():
-            return _bill(await finalize(stripe_id, dict(call.params), {"idempotency_key": key}))
+            bill = _bill(await finalize(stripe_id, dict(call.params), {"idempotency_key": key}))
+        reach(Point.BILLING_FINALISED)
+        return bill
 
 
 @asynccontextmanager

@@ -20,6 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from causemesh.clock import Clock
 from causemesh.errors import Retryable
+from causemesh.faultpoints import Point, reach
 from causemesh.outbox import add_events
 from causemesh.periodic import repeat
 from causemesh.sql import database_errors
@@ -202,6 +203,7 @@ class Pusher:
                 return False
             event = invoice_recorded(invoice, invoice.lines, "finalised", bill.stripe_id)
             await add_events(transaction, [event], shard=SHARD)
+        reach(Point.BILLING_NOTED)
         self._outcomes.labels("invoice", "finalised").inc()
         return True
 

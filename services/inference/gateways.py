@@ -14,6 +14,7 @@ from tritonclient.grpc.aio import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
 from causemesh.errors import MeshError, Retryable
+from causemesh.faultpoints import Point, reach
 from causemesh.triton_models import write_model
 
 _AWAY = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED")
@@ -56,6 +57,7 @@ class Triton:
         server has no models loaded), ModelError when the model refuses the rows."""
         tensor = InferInput("features", list(rows.shape), "FP32")
         tensor.set_data_from_numpy(rows)
+        reach(Point.INFERENCE_ASKING)
         try:
             answer = await self._client.infer(
                 name,
@@ -65,6 +67,7 @@ class Triton:
             )
         except (InferenceServerException, grpc.RpcError) as error:
             raise _told(error) from error
+        reach(Point.INFERENCE_ANSWERED)
         scores: npt.NDArray[np.float64] = answer.as_numpy("score").reshape(-1).astype(np.float64)
         return scores
 

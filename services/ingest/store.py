@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from causemesh.faultpoints import Point, reach
 from causemesh.sql import database_errors
 
 metadata = sa.MetaData()
@@ -81,8 +82,10 @@ class IdStore:
         """
         if not len(claims):
             return set()
+        reach(Point.INGEST_CLAIMING)
         async with database_errors(), self._engine.begin() as connection:
             fresh = (await connection.execute(_CLAIM, vars(claims))).rowcount
+        reach(Point.INGEST_CLAIMED)
         if fresh == len(claims):
             return set()
         async with database_errors(), self._engine.connect() as connection:

@@ -1,0 +1,152 @@
+"""A process killed at every declared step of the protocol, on real Kafka and Postgres."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import polars as pl
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from causemesh.bus.base import Outbound
+from causemesh.bus.kafka import KafkaBus
+from causemesh.codec.encode import RegistryEncoders
+from causemesh.codec.registry import HttpRegistry
+from causemesh.faultpoints import Point
+from tests.chaos.pipeline import PARTITIONS, Plan
+
+pytestmark = pytest.mark.servers
+COUNT = 120
+KIT_POINTS = [point for point in Point if point.split(".")[0] in ("worker", "outbox")]
+IDS = sorted(f"r{n}" for n in range(COUNT))
+
+
+@pytest.fixture
+async def plan(kafka_bootstrap: str, registry_url: str, database: AsyncEngine) -> Plan:
+    """Topics with requests in the inbox, and tables for what comes of them."""
+    url = database.url.render_as_string(hide_password=False)
+    made = Plan(kafka_bootstrap, registry_url, url, uuid.uuid4().hex)
+    async with database.begin() as connection:
+        for table in ("effects", "audits"):
+            await connection.execute(sa.text(f"CREATE TABLE {table} (event_id text)"))
+    bus, registry = KafkaBus(kafka_bootstrap), HttpRegistry(registry_url)
+    catalogue = made.catalogue()
+    admin = bus.admin()
+    await admin.ensure([catalogue.topic(n) for n in (made.inbox, made.facts, made.audits)])
+    await admin.close()
+    await _produce(bus, registry, made)
+    await registry.close()
+    await bus.close()
+    return made
+
+
+async def _produce(bus: KafkaBus, registry: HttpRegistry, plan: Plan) -> None:
+    inbox = plan.catalogue().topic(plan.inbox)
+    encoder = await RegistryEncoders(registry).encoder(inbox.subject, inbox.record)
+    frame = pl.DataFrame(
+        {
+            "event_id": [f"r{n}" for n in range(COUNT)],
+            "tenant_id": ["t"] * COUNT,
+            "occurred_at": pl.Series(range(COUNT)).cast(pl.Datetime("us", "UTC")),
+            "model": ["m"] * COUNT,
+            "version": pl.Series([None] * COUNT, dtype=pl.Int32),
+            "entities": [[{"name": "tail", "value": "N1"}]] * COUNT,
+            "inputs": [[{"name": "hour", "value": 1.0}]] * COUNT,
+            "mode": ["live"] * COUNT,
+            "expires_at": pl.Series([None] * COUNT, dtype=pl.Datetime("us", "UTC")),
+        }
+    )
+    values = encoder.encode(frame)
+    producer = bus.producer("outside")
+    await producer.send(
+        [Outbound(plan.inbox, n % PARTITIONS, [b"k%d" % n], [values[n]]) for n in range(COUNT)]
+    )
+    await producer.close()
+
+
+@asynccontextmanager
+async def process(
+    plan: Plan, log: Path, fault: str = ""
+) -> AsyncIterator[asyncio.subprocess.Process]:
+    """The pipeline as a process, ended at the end whatever happened."""
+    with log.open("ab") as output:
+        child = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "tests.chaos.pipeline", json.dumps(asdict(plan)),
+            env={**os.environ, "CAUSEMESH_FAULT": fault}, stdout=output, stderr=output,
+        )  # fmt: skip
+    try:
+        yield child
+    finally:
+        if child.returncode is None:
+            child.kill()
+            await child.wait()
+
+
+async def results(database: AsyncEngine) -> dict[str, list[str]]:
+    """The ids in each table, repeats included."""
+    found = {}
+    async with database.connect() as connection:
+        for table in ("effects", "audits"):
+            rows = await connection.execute(sa.text(f"SELECT event_id FROM {table}"))
+            found[table] = sorted(row[0] for row in rows)
+    return found
+
+
+async def everything(database: AsyncEngine) -> dict[str, list[str]]:
+    """The results once every id came through, and then nothing new for a while."""
+    last: dict[str, list[str]] = {}
+    async with asyncio.timeout(90):
+        while True:
+            found = await results(database)
+            if found == last and all(set(ids) == set(IDS) for ids in found.values()):
+                return found
+            last = found
+            await asyncio.sleep(1.0)
+
+
+async def killed_at(point: Point, plan: Plan, database: AsyncEngine, log: Path) -> float:
+    """Kill at a point, start again unarmed; seconds from the kill to the first new result."""
+    count = 1 if point.startswith("outbox") else 2  # one drain may take all
+    async with process(plan, log, f"{point}:kill:{count}") as child:
+        async with asyncio.timeout(60):
+            status = await child.wait()
+        assert status == -signal.SIGKILL, f"see {log}"
+    before, began = await results(database), time.monotonic()
+    async with process(plan, log):
+        async with asyncio.timeout(60):
+            while await results(database) == before:  # noqa: ASYNC110 - polls a database
+                await asyncio.sleep(0.05)
+        recovery_s = time.monotonic() - began
+        await everything(database)
+    return recovery_s
+
+
+@pytest.mark.parametrize("point", KIT_POINTS)
+async def test_a_kill_at_any_step_loses_and_doubles_nothing(
+    point: Point, plan: Plan, database: AsyncEngine, tmp_path: Path
+) -> None:
+    recovery_s = await killed_at(point, plan, database, tmp_path / "log")
+    print(f"{point}: back to work {recovery_s:.1f} s after the kill")
+    assert await results(database) == {"effects": IDS, "audits": IDS}
+
+
+@pytest.mark.parametrize("point", [Point.WORKER_SENT, Point.OUTBOX_SENT])
+async def test_control_without_marks_the_same_kill_doubles(
+    point: Point, plan: Plan, database: AsyncEngine, tmp_path: Path
+) -> None:
+    """With the readers' high-water marks off, what was sent before the kill counts twice."""
+    await killed_at(point, replace(plan, deduplicate=False), database, tmp_path / "log")
+    found = await results(database)
+    assert len(found["audits"]) > COUNT
+    assert set(found["audits"]) == set(IDS)

@@ -7,7 +7,7 @@ export POLARS_MAX_THREADS := 1
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test demo down unit pure simulation component chaos chaos-short e2e lint types imports docs lock clean
+.PHONY: help setup test demo down unit pure simulation component chaos chaos-short e2e lint types imports rules docs lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -48,6 +48,9 @@ chaos: $(STAMP) ## That, and the replay under kills, pauses and faults (CHAOS_SE
 
 e2e: $(STAMP) ## From flights to invoices, with services and servers killed on the way
 	$(BIN)/python -m pytest tests/e2e -v
+
+rules: $(STAMP) ## Alert rules and dashboards; fetches Debian's promtool if there is none
+	$(BIN)/python -m pytest tests/contract/test_observability.py -v
 
 lint: $(STAMP) ## Style
 	$(BIN)/ruff check .

@@ -108,6 +108,8 @@ class Pulsar:
             "managedLedgerNewEntriesCheckDelayInMillis": 0,
             "transactionCoordinatorEnabled": "false",
             "allowAutoTopicCreation": "false",
+            "systemTopicEnabled": "false",
+            "topicLevelPoliciesEnabled": "false",
             # Readers hold no subscription, so retention alone keeps the data.
             "brokerDeleteInactiveTopicsEnabled": "false",
             "defaultRetentionTimeInMinutes": -1,

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from causemesh.bus.base import Bus, Outbound, Producer
-from causemesh.bus.kafka import KafkaBus
+from causemesh.bus.base import Outbound, Producer
+from causemesh.bus.opening import open_bus
 from causemesh.bus.partitioner import partitions_of
 from causemesh.catalogue import WATERMARK, Catalogue, Topic
 from causemesh.codec.base import BatchEncoder
@@ -150,7 +150,7 @@ async def connect(
     folder = project or told.project
     catalogue = Catalogue.load([folder] if folder else [], partitions=told.partitions)
     async with AsyncExitStack() as stack:
-        bus: Bus = KafkaBus(told.kafka_bootstrap)
+        bus = open_bus(told)
         stack.push_async_callback(bus.close)
         registry = HttpRegistry(told.registry_url)
         stack.push_async_callback(registry.close)

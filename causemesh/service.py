@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from causemesh.admin import create_app
 from causemesh.bus.base import BEFORE_FIRST, Bus, Producer
-from causemesh.bus.kafka import KafkaBus
+from causemesh.bus.opening import open_bus
 from causemesh.catalogue import DEADLETTERS, Catalogue
 from causemesh.clock import SystemClock
 from causemesh.codec.decode import Decoder
@@ -265,11 +265,7 @@ async def open_service(name: str, settings: ServiceSettings) -> AsyncIterator[Se
         )
         stack.push_async_callback(engine.dispose)
         await _patiently(lambda: migrate(name, engine))
-        bus = KafkaBus(
-            settings.kafka_bootstrap,
-            session_timeout_ms=settings.session_timeout_ms,
-            replication=settings.replication,
-        )
+        bus = open_bus(settings)
         registry = HttpRegistry(settings.registry_url)
         service = Service(
             name, settings, catalogue=catalogue, bus=bus, registry=registry, engine=engine

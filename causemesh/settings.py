@@ -20,13 +20,18 @@ API_PORTS = {
 }
 """The default port of each service's admin API."""
 
+BusName = Literal["kafka", "pulsar"]
+
 
 class ServiceSettings(BaseSettings):
     """Common settings; a service adds its own fields. The defaults fit the embedded cluster."""
 
     model_config = SettingsConfigDict(env_prefix="CAUSEMESH_", extra="ignore")
 
+    bus: BusName = "kafka"
     kafka_bootstrap: str = "127.0.0.1:19092"
+    pulsar_url: str = "pulsar://127.0.0.1:16650"
+    pulsar_admin_url: str = "http://127.0.0.1:16080"
     registry_url: str = "http://127.0.0.1:18081/apis/ccompat/v7"
     postgres_url: str = Field(
         default="postgresql+asyncpg://causemesh@127.0.0.1:15432",

@@ -26,6 +26,14 @@ def cluster() -> Iterator[Endpoints]:
 
 
 @pytest.fixture(scope="session")
+def pulsar() -> Iterator[Endpoints]:
+    """Pulsar, for those tests alone that run on it."""
+    servers = Cluster(_HOME, ["pulsar"])
+    yield servers.up()
+    servers.down()
+
+
+@pytest.fixture(scope="session")
 def kafka_bootstrap(cluster: Endpoints) -> str:
     return cluster.kafka_bootstrap
 

@@ -7,7 +7,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from causemesh.bus.kafka import KafkaBus
+from causemesh.bus.base import Bus
+from causemesh.bus.opening import open_bus
 from causemesh.catalogue import Catalogue
 from causemesh.codec.decode import Decoder
 from causemesh.codec.registry import HttpRegistry
@@ -24,7 +25,7 @@ class Connections:
 
     settings: ServiceSettings
     catalogue: Catalogue
-    bus: KafkaBus
+    bus: Bus
     registry: HttpRegistry
     decoder: Decoder
     log: LogReader
@@ -55,7 +56,7 @@ async def connections(home: Path) -> AsyncIterator[Connections]:
     settings = settings_at(home)
     projects = [settings.project] if settings.project else []
     catalogue = Catalogue.load(projects, partitions=settings.partitions)
-    bus = KafkaBus(settings.kafka_bootstrap)
+    bus = open_bus(settings)
     registry = HttpRegistry(settings.registry_url)
     decoder = Decoder(registry)
     log = LogReader(bus, catalogue, decoder)

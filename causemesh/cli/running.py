@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from causemesh.bus.kafka import KafkaBus
+from causemesh.bus.opening import open_bus
 from causemesh.catalogue import Catalogue
 from causemesh.codec.registry import HttpRegistry
 from causemesh.errors import Misdeclared
@@ -18,16 +18,30 @@ from causemesh.local import Cluster, Endpoints
 from causemesh.local.cluster import ALL_SERVERS
 from causemesh.local.mesh import Mesh, mesh_of
 from causemesh.provision import create_topics, register
+from causemesh.settings import BusName, ServiceSettings
 
 Progress = Callable[[str, str], None]
 DEMO = "examples.flights.demo"
 _PARTITIONS = "CAUSEMESH_PARTITIONS"
+_BUS = "CAUSEMESH_BUS"
+_BUSES = {"kafka", "pulsar"}
 
 
-def servers() -> tuple[str, ...]:
-    """The servers to run: without the Stripe stand-in when there is a Stripe key."""
-    real = "CAUSEMESH_STRIPE_KEY" in os.environ
-    return tuple(name for name in ALL_SERVERS if not (real and name == "stripe"))
+def servers(bus: str | None = None) -> tuple[str, ...]:
+    """The servers to run: one broker, and no Stripe stand-in when there is a Stripe key.
+
+    The broker is `bus`, else the one that CAUSEMESH_BUS names.
+    """
+    left_out = _BUSES - {bus or ServiceSettings().bus}
+    if "CAUSEMESH_STRIPE_KEY" in os.environ:
+        left_out.add("stripe")
+    return tuple(name for name in ALL_SERVERS if name not in left_out)
+
+
+def bus_of(home: Path) -> str:
+    """The broker of a home folder: of the mesh that was started there, else CAUSEMESH_BUS."""
+    mesh = mesh_of(home)
+    return ServiceSettings().bus if mesh is None else mesh.extra.get(_BUS, "kafka")
 
 
 def up(home: Path, project: Path, progress: Progress, *, partitions: int | None = None) -> Mesh:
@@ -41,20 +55,34 @@ def up(home: Path, project: Path, progress: Progress, *, partitions: int | None 
     before = mesh_of(home)
     if partitions is None and before is not None and _PARTITIONS in before.extra:
         partitions = int(before.extra[_PARTITIONS])
-    endpoints = Cluster(home, servers()).up(progress)
+    settings = ServiceSettings()
+    endpoints = Cluster(home, servers(settings.bus)).up(progress)
     mesh = Mesh(home, endpoints, project)
+    mesh.extra[_BUS] = settings.bus
     progress("topics", "declaring")
-    asyncio.run(provision(endpoints, project, partitions))
+    asyncio.run(provision(endpoints, settings.bus, project, partitions))
     if partitions is not None:
         mesh.extra[_PARTITIONS] = str(partitions)
     mesh.up(progress)
     return mesh
 
 
-async def provision(endpoints: Endpoints, project: Path, partitions: int | None) -> None:
+async def provision(
+    endpoints: Endpoints,
+    bus_name: BusName,
+    project: Path,
+    partitions: int | None,
+) -> None:
     """Create every topic and register every schema."""
     catalogue = Catalogue.load([project], partitions=partitions)
-    bus = KafkaBus(endpoints.kafka_bootstrap)
+    bus = open_bus(
+        ServiceSettings(
+            bus=bus_name,
+            kafka_bootstrap=endpoints.kafka_bootstrap,
+            pulsar_url=endpoints.pulsar_url,
+            pulsar_admin_url=endpoints.pulsar_admin_url,
+        )
+    )
     registry = HttpRegistry(endpoints.registry_url)
     admin = bus.admin()
     try:
@@ -81,7 +109,7 @@ def status(home: Path) -> list[Mapping[str, Any]]:
     """A row a process."""
     found = []
     if (home / "ports.json").exists():
-        found += Cluster(home, servers()).status()
+        found += Cluster(home, servers(bus_of(home))).status()
     mesh = mesh_of(home)
     if mesh is not None:
         found += mesh.status()

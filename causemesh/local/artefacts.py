@@ -18,6 +18,7 @@ from causemesh.errors import Fatal, Misdeclared
 
 KAFKA = "org.apache.kafka:kafka_2.13:4.1.0"
 REGISTRY = ("io.apicurio", "apicurio-registry-app", "3.3.3")
+PULSAR = ("org.apache.pulsar", "pulsar-server-distribution", "4.0.8")
 TRITON_REQUIREMENTS = Path(__file__).parents[2] / "requirements" / "triton.txt"
 _TRITON_PYTHONS = ((3, 11), (3, 12))  # numpy < 2 has wheels for these
 Progress = Callable[[str, str], None]
@@ -61,16 +62,26 @@ def registry_home(progress: Progress) -> Path:
     with _once(kept) as missing:
         if missing:
             progress("registry", "fetching Apicurio Registry")
-            _fetch_registry(kept)
+            _fetch_archive(kept, REGISTRY, "all")
     return kept
 
 
-def _fetch_registry(kept: Path) -> None:
+def pulsar_home(progress: Progress) -> Path:
+    """The unpacked Pulsar."""
+    kept = cache() / f"pulsar-{PULSAR[2]}"
+    with _once(kept) as missing:
+        if missing:
+            progress("pulsar", "fetching Pulsar")
+            _fetch_archive(kept, PULSAR, "bin")
+    return kept / f"apache-pulsar-{PULSAR[2]}"
+
+
+def _fetch_archive(kept: Path, artefact: tuple[str, str, str], classifier: str) -> None:
     from jgo.maven import MavenContext  # noqa: PLC0415 - only the embedded cluster needs the extra
 
-    group, name, version = REGISTRY
+    group, name, version = artefact
     component = MavenContext().project(group, name).at_version(version)
-    archive = component.artifact(classifier="all", packaging="tar.gz").resolve()
+    archive = component.artifact(classifier=classifier, packaging="tar.gz").resolve()
     partial = _fresh(kept)
     with tarfile.open(archive) as packed:
         packed.extractall(partial, filter="data")

@@ -11,6 +11,7 @@ from pathlib import Path
 from causemesh.errors import Misdeclared
 from causemesh.local.artefacts import Progress
 from causemesh.local.ports import choose_ports
+from causemesh.local.pulsar import Pulsar
 from causemesh.local.servers import HOST, Kafka, Postgres, Registry, Server, StripeStandIn
 from causemesh.local.triton import Triton
 
@@ -23,9 +24,12 @@ _DEFAULT_PORTS = {
     "triton": 18001,
     "triton_metrics": 18002,
     "stripe": 18121,
+    "pulsar": 16650,
+    "pulsar_web": 16080,
+    "pulsar_bookie": 16651,
 }
 SERVERS = ("kafka", "registry", "postgres")
-ALL_SERVERS = (*SERVERS, "triton", "stripe")
+ALL_SERVERS = (*SERVERS, "triton", "stripe", "pulsar")
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ class Endpoints:
     triton_url: str
     triton_models: str
     stripe_url: str
+    pulsar_url: str = ""
+    pulsar_admin_url: str = ""
 
     def environment(self) -> dict[str, str]:
         """The settings that point a service at this cluster."""
@@ -86,6 +92,12 @@ class Cluster:
                 self._home, self._ports["triton"], self._ports["triton_metrics"]
             ),
             "stripe": lambda: StripeStandIn(self._home, self._ports["stripe"]),
+            "pulsar": lambda: Pulsar(
+                self._home,
+                self._ports["pulsar"],
+                self._ports["pulsar_web"],
+                self._ports["pulsar_bookie"],
+            ),
         }
         self._servers = {name: made[name]() for name in servers}
 
@@ -99,6 +111,8 @@ class Cluster:
             f"{HOST}:{self._ports['triton']}",
             str(Triton.models_under(self._home)),
             f"http://{HOST}:{self._ports['stripe']}",
+            f"pulsar://{HOST}:{self._ports['pulsar']}",
+            f"http://{HOST}:{self._ports['pulsar_web']}",
         )
 
     def up(self, progress: Progress = lambda server, state: None) -> Endpoints:

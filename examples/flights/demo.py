@@ -41,7 +41,7 @@ PROJECT = Path(__file__).parent
 TRAINED_FROM = datetime(2013, 3, 1, tzinfo=UTC)
 _DAY_US = 86_400_000_000
 _MARKER = "demo"
-_DATA = ("kafka", "registry", "postgres", "triton", "stripe")
+_DATA = ("kafka", "pulsar", "registry", "postgres", "triton", "stripe")
 _MOST_RSS_MB = 2_500
 _PARTITIONS = 2  # as many as the cores it is sized for; the results do not depend on it
 

@@ -6,7 +6,7 @@ import asyncio
 import gc
 import sys
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -14,17 +14,24 @@ import pytest
 from causemesh.bus.base import BEFORE_FIRST, Bus, Outbound
 from causemesh.bus.kafka import KafkaBus
 from causemesh.bus.memory import MemoryBus
+from causemesh.bus.pulsar import PulsarBus
 from causemesh.catalogue import Topic
 from causemesh.errors import Misdeclared, Retryable
 
 PARTITIONS = 4
 
 
-@pytest.fixture(params=["memory", pytest.param("kafka", marks=pytest.mark.servers)])
+_SERVED = [pytest.param(name, marks=pytest.mark.servers) for name in ("kafka", "pulsar")]
+
+
+@pytest.fixture(params=["memory", *_SERVED])
 async def bus(request: pytest.FixtureRequest) -> AsyncIterator[Bus]:
     made: Bus
     if request.param == "memory":
         made = MemoryBus()
+    elif request.param == "pulsar":
+        endpoints = request.getfixturevalue("pulsar")
+        made = PulsarBus(endpoints.pulsar_url, endpoints.pulsar_admin_url)
     else:
         made = KafkaBus(request.getfixturevalue("kafka_bootstrap"))
     yield made
@@ -177,10 +184,24 @@ async def test_members_share_partitions_and_inherit_them(bus: Bus, topic: str) -
 
 
 @pytest.mark.servers
-async def test_a_broker_that_is_away_is_retryable() -> None:
-    reader = KafkaBus("127.0.0.1:1").reader({("t", 0): BEFORE_FIRST})
+@pytest.mark.parametrize(
+    "away",
+    [
+        lambda: KafkaBus("127.0.0.1:1"),
+        lambda: PulsarBus("pulsar://127.0.0.1:1", "http://127.0.0.1:1"),
+    ],
+)
+async def test_a_broker_that_is_away_is_retryable(away: Callable[[], Bus]) -> None:
+    bus = away()
+    reader, producer, admin = bus.reader({("t", 0): BEFORE_FIRST}), bus.producer("t"), bus.admin()
     with pytest.raises(Retryable, match="away"):
-        await reader.fetch(1, 0.1)
+        await reader.fetch(1, 30.0)
+    with pytest.raises(Retryable, match="away"):
+        await producer.send([Outbound("t", 0, [None], [b"x"])])
+    with pytest.raises(Retryable, match="away"):
+        await admin.ends(["t"])
+    for one in (reader, producer, admin, bus):
+        await one.close()
 
 
 async def cut_off(kafka_bootstrap: str, attempts: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import httpx
@@ -12,6 +13,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from causemesh.bus.base import BEFORE_FIRST, Outbound
 from causemesh.bus.kafka import KafkaBus
+from causemesh.bus.pulsar import PulsarBus
 from causemesh.catalogue import Catalogue
 from causemesh.codec.registry import HttpRegistry
 from causemesh.local import Cluster
@@ -72,6 +74,47 @@ async def _use_and_crash(cluster: Cluster) -> None:
     await registry.close()
     await again.close()
     assert await _sql(endpoints.database("billing"), "SELECT n FROM kept") == 42
+
+
+async def test_records_survive_a_crash_of_pulsar(tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path, ["pulsar"])
+    try:
+        endpoints = cluster.up()
+        bus = PulsarBus(endpoints.pulsar_url, endpoints.pulsar_admin_url)
+        topic = Catalogue.load().topic("ingest.rejects.v1")
+        admin = bus.admin()
+        assert await admin.ensure([topic]) == [topic.name]
+        await _send(bus, topic.name, b"before")
+        ends = await admin.ends([topic.name])
+        cluster.kill("pulsar")
+        assert cluster.up() == endpoints
+        assert await admin.ensure([topic]) == []
+        assert await admin.ends([topic.name]) == ends
+        await _send(bus, topic.name, b"after")
+        everything = await _first(bus, topic.name, BEFORE_FIRST, 2)
+        assert everything == [b"before", b"after"]
+        assert await _first(bus, topic.name, ends[(topic.name, 0)], 1) == [b"after"]
+        await admin.close()
+        await bus.close()
+    finally:
+        cluster.down()
+
+
+async def _send(bus: PulsarBus, topic: str, value: bytes) -> None:
+    producer = bus.producer("t")
+    await producer.send([Outbound(topic, 0, [None], [value])])
+    await producer.close()
+
+
+async def _first(bus: PulsarBus, topic: str, after: int, count: int) -> list[bytes | None]:
+    reader = bus.reader({(topic, 0): after})
+    values: list[bytes | None] = []
+    async with asyncio.timeout(60):
+        while len(values) < count:
+            for batch in await reader.fetch(10, 1.0):
+                values += batch.values
+    await reader.close()
+    return values
 
 
 async def _sql(url: str, statement: str) -> int | None:

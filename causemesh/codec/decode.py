@@ -31,6 +31,8 @@ class Decoder:
         self._registry = registry
         self._max_value_bytes = max_value_bytes
         self._writers: dict[int, _Writer] = {}
+        # By identity, with the schema kept so that its id stays its own.
+        self._empty: dict[int, tuple[Mapping[str, Any], pl.DataFrame]] = {}
 
     async def decode(self, values: Sequence[bytes | None], reader: Mapping[str, Any]) -> Decoded:
         """See `BatchDecoder.decode`."""
@@ -55,7 +57,16 @@ class Decoder:
             frames.append(frame)
             rows.append(fits[good])
             bad |= {int(fits[row]): reason for row, reason in wrong.items()}
-        return Decoded(*_in_order(frames, rows, reader), bad, foreign)
+        if not frames:
+            return Decoded(self._nothing(reader), np.empty(0, dtype=np.int64), bad, foreign)
+        return Decoded(*_in_order(frames, rows), bad, foreign)
+
+    def _nothing(self, reader: Mapping[str, Any]) -> pl.DataFrame:
+        """The columns without rows: what every batch of control records comes to."""
+        kept = self._empty.get(id(reader))
+        if kept is None:
+            kept = self._empty[id(reader)] = (reader, pl.DataFrame(schema=frame_schema(reader)))
+        return kept[1]
 
     def _split_by_size(
         self, values: Sequence[bytes | None], members: np.ndarray[Any, Any]
@@ -92,10 +103,8 @@ def full_name(schema: Mapping[str, Any]) -> str:
 
 
 def _in_order(
-    frames: list[pl.DataFrame], rows: list[np.ndarray[Any, Any]], reader: Mapping[str, Any]
+    frames: list[pl.DataFrame], rows: list[np.ndarray[Any, Any]]
 ) -> tuple[pl.DataFrame, np.ndarray[Any, Any]]:
-    if not frames:
-        return pl.DataFrame(schema=frame_schema(reader)), np.empty(0, dtype=np.int64)
     if len(frames) == 1:
         return frames[0], rows[0]
     joined = np.concatenate(rows)

@@ -15,6 +15,9 @@ class Limits:
 
     `gather_s` is how long a worker that is not behind lets records gather before its next unit:
     work that nobody waits for should not take the processor from work that somebody does.
+    `commit_every_s` is for a processor that keeps no state and writes nothing in the transaction:
+    its position may lag so long while records come, because what it sends again after a crash has
+    the same causes and is dropped.
     """
 
     max_records: int = 5_000
@@ -23,6 +26,7 @@ class Limits:
     retry_s: float = 0.2
     commit_every_units: int = 1
     gather_s: float = 0.0
+    commit_every_s: float = 0.0
 
 
 @dataclass(frozen=True)

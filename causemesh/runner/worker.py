@@ -72,6 +72,7 @@ class PartitionWorker:
         self.intake = Intake(catalogue, decoder, self._marks, self.watermarks)
         self._promised: dict[tuple[str, str, int], int] = {}
         self._uncommitted = 0
+        self._committed_at = clock.monotonic()
         self._dead = self._sent = 0  # of the last unit
         self._seen_watermark = NEVER
         self.stopping = False
@@ -89,7 +90,7 @@ class PartitionWorker:
                 most = await self._step(claim, reader)
                 if 0 < most < self._limits.max_records and self._limits.gather_s:
                     await self._clock.sleep(self._limits.gather_s)
-            if self._uncommitted and self.processor.stateful:
+            if self._uncommitted:
                 async with self._store.unit(claim) as unit:
                     await unit.commit(self._checkpoint())
         finally:
@@ -156,12 +157,15 @@ class PartitionWorker:
                 await unit.commit(checkpoint)
                 reach(Point.WORKER_COMMITTED)
                 self._uncommitted = 0
+                self._committed_at = self._clock.monotonic()
                 self._seen_watermark = watermark
                 self.committed = True
 
     def _commit_is_due(self, *, moved: bool, idle: bool) -> bool:
         if not self.processor.stateful:
-            return self._uncommitted > 0 or moved
+            waited_s = self._clock.monotonic() - self._committed_at
+            rests = idle or waited_s >= self._limits.commit_every_s
+            return rests and (self._uncommitted > 0 or moved)
         return self._uncommitted >= self._limits.commit_every_units or (
             idle and (self._uncommitted > 0 or moved)
         )

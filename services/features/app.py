@@ -40,7 +40,7 @@ async def main() -> None:
             service.runner(
                 Stage("features", "features-rekey", plan.rekeyed, (INPUTS,)),
                 lambda _: Rekey(plan.views, source_numbers(catalogue)),
-                Limits(max_records=10_000),
+                Limits(max_records=10_000, commit_every_s=0.2),
             )
         stage = Stage(
             "features",

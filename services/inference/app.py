@@ -41,7 +41,11 @@ async def main() -> None:
         for lane in settings.lanes:
             tasks = (f"inference.tasks.{lane}.v1",)
             stage = Stage("inference", f"inference-{lane}", tasks, (PREDICTIONS,))
-            service.runner(stage, partial(_of_lane, predict, lane), Limits(max_records=4_000))
+            service.runner(
+                stage,
+                partial(_of_lane, predict, lane),
+                Limits(max_records=4_000, commit_every_s=0.2),
+            )
         drain = service.outbox([VERSIONS, ROLLOUTS])
         registry = Registry(store, deployments, server, service.catalogue, service.clock)
         try:

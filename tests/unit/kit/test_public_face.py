@@ -36,7 +36,8 @@ FACE = {
         "sources": "catalogue, source",
     },
     runner.Limits: {
-        "": "max_records=, max_wait_s=, attempts=, retry_s=, commit_every_units=, gather_s="
+        "": "max_records=, max_wait_s=, attempts=, retry_s=, commit_every_units=, gather_s=,"
+        " commit_every_s="
     },
     service.Service: {
         "": "name, settings, *, catalogue, bus, registry, engine",

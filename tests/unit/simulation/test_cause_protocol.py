@@ -131,7 +131,10 @@ class Simulation:
             emitter=Emitter(CATALOGUE, PickleCodec(), producer, stage.writes),
             clock=StepClock(),
             limits=Limits(
-                max_records=self.rng.randint(1, 7), commit_every_units=self.rng.randint(1, 3)
+                max_records=self.rng.randint(1, 7),
+                commit_every_units=self.rng.randint(1, 3),
+                # Time stands still here, so that the door then commits when it is idle only.
+                commit_every_s=self.rng.choice([0.0, 1.0]) if stage.group == "door" else 0.0,
             ),
             deduplicate=self.arm.deduplicate,
         )

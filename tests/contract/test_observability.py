@@ -48,7 +48,11 @@ def _promtool(folder: Path) -> Path:
         return Path(found)
     kept = Path.home() / ".cache" / "causemesh" / "promtool"
     if not kept.exists():
-        subprocess.run(["apt-get", "download", "prometheus"], cwd=folder, check=True)
+        download = ["apt-get", "download", "prometheus"]
+        if subprocess.run(download, cwd=folder, check=False).returncode:
+            # A new machine has no package lists yet.
+            subprocess.run(["apt-get", "update"], check=True)
+            subprocess.run(download, cwd=folder, check=True)
         (package,) = folder.glob("prometheus_*.deb")
         subprocess.run(["dpkg-deb", "-x", package, folder / "unpacked"], check=True)
         kept.parent.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from typing import Any
 import structlog
 import uvicorn
 from fastapi import APIRouter
+from opentelemetry.sdk.trace import TracerProvider
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from causemesh.admin import create_app
@@ -31,6 +32,7 @@ from causemesh.outbox import OutboxDrain
 from causemesh.positions_sql import SqlPositionStore
 from causemesh.runner import Emitter, Limits, PartitionWorker, Processor, Runner, Stage
 from causemesh.settings import API_PORTS, ServiceSettings
+from causemesh.spans import UnitSpans, tracer_provider
 from causemesh.telemetry import Metrics, configure_logging
 
 _log = structlog.get_logger(__name__)
@@ -65,6 +67,10 @@ class Service:
         self.encoders = RegistryEncoders(registry)
         self.decoder = Decoder(registry)
         self.metrics = Metrics()
+        self._tracing: TracerProvider | None = None
+        if settings.otlp_endpoint:
+            self._tracing = tracer_provider(name, settings.otlp_endpoint, settings.trace_ratio)
+        self.tracer = self._tracing.get_tracer("causemesh") if self._tracing else None
         self.runners: list[Runner] = []
         self._stages: list[Stage] = []
         self._topics: set[str] = set()
@@ -98,10 +104,12 @@ class Service:
         emitter = self.emitter([*stage.writes, DEADLETTERS])
 
         def make_worker(partition: int) -> PartitionWorker:
+            processor = make_processor(partition)
+            spans = UnitSpans(self.tracer, self.settings.bus, stage.group, hold=processor.stateful)
             return PartitionWorker(
                 stage,
                 partition,
-                make_processor(partition),
+                processor,
                 bus=self.bus,
                 store=self.store,
                 catalogue=self.catalogue,
@@ -110,6 +118,7 @@ class Service:
                 clock=self.clock,
                 limits=limits or Limits(),
                 observer=self.metrics,
+                spans=spans,
             )
 
         membership = self.bus.membership(stage.group, stage.shared)
@@ -217,6 +226,8 @@ class Service:
         """Close every connection."""
         for producer in self._producers:
             await producer.close()
+        if self._tracing is not None:  # sends the spans that wait
+            await asyncio.to_thread(self._tracing.shutdown)
         await self.registry.close()
         await self.bus.close()
         await self.engine.dispose()

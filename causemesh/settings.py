@@ -56,6 +56,12 @@ class ServiceSettings(BaseSettings):
     fault: str = Field(
         default="", description="For tests: `point:kill|pause|error[:count]`; see faultpoints."
     )
+    otlp_endpoint: str = Field(
+        default="", description="OTLP/HTTP collector, such as http://127.0.0.1:4318; off if empty."
+    )
+    trace_ratio: float = Field(
+        default=0.001, ge=0, le=1, description="Share of the door's calls that begin a trace."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["json", "console"] = "json"
 

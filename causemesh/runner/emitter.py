@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from causemesh.bus.base import Outbound, Producer
+from causemesh.bus.base import Outbound, Producer, TopicPartition
 from causemesh.bus.partitioner import partitions_of
 from causemesh.catalogue import WATERMARK, Catalogue, Schema
 from causemesh.codec.base import BatchEncoder, EncoderFactory
@@ -19,6 +19,9 @@ from causemesh.runner.batch import Outgoing
 
 _NAMESPACE = uuid.UUID("5f0c1f0e-6f4e-5f43-9a57-0d1c6f1f2f61").bytes
 _ORIGIN = pl.Struct({"topic": pl.String, "partition": pl.Int32, "position": pl.Int64})
+
+Traces = Mapping[TopicPartition, Mapping[int, bytes]]
+"""The trace context of each traced cause, by (topic, partition) and position."""
 
 
 def event_ids(
@@ -53,24 +56,28 @@ class Emitter:
         self._cached: dict[str, BatchEncoder] = {}
 
     async def send(
-        self, outgoing: Sequence[Outgoing], watermarks: Mapping[tuple[str, str, int], int]
+        self,
+        outgoing: Sequence[Outgoing],
+        watermarks: Mapping[tuple[str, str, int], int],
+        traces: Traces | None = None,
     ) -> None:
         """Send records, then watermarks behind them; returns when all are acknowledged.
 
         `watermarks` maps (topic, cause topic, cause partition) to a promise in microseconds, sent
-        to every partition of the topic. Raises Misdeclared for a topic that is not declared as
+        to every partition of the topic. `traces` are the trace contexts of causes, which their
+        outputs carry on. Raises Misdeclared for a topic that is not declared as
         written, Fatal when records are out of cause order, Retryable when the broker failed.
         """
         outbound: list[Outbound] = []
         for part in outgoing:
             if len(part):
-                outbound.extend(await self._records(part))
+                outbound.extend(await self._records(part, traces))
         for (topic, cause_topic, cause_partition), at_us in watermarks.items():
             outbound.extend(await self._watermark(topic, cause_topic, cause_partition, at_us))
         if outbound:
             await self._producer.send(outbound)
 
-    async def _records(self, part: Outgoing) -> list[Outbound]:
+    async def _records(self, part: Outgoing, traces: Traces | None) -> list[Outbound]:
         if part.topic not in self._writes:
             raise Misdeclared(f"{part.topic} is not among the topics this service writes")
         topic = self._catalogue.topic(part.topic)
@@ -78,12 +85,14 @@ class Emitter:
         encoder = await self._encoder(topic.subject, topic.record)
         values = encoder.encode(_with_envelope(part, indexes, topic.record))
         chosen = partitions_of(part.keys, topic.partitions, unkeyed=part.cause_partition)
+        contexts = _contexts(part, traces) if traces else None
         return [
             Outbound(
                 part.topic,
                 partition,
                 [part.keys[row] for row in rows],
                 [values[row] for row in rows],
+                contexts and [contexts[row] for row in rows],
             )
             for partition in range(topic.partitions)
             if len(rows := np.flatnonzero(chosen == partition).tolist())
@@ -107,6 +116,20 @@ class Emitter:
         if encoder is None:
             encoder = self._cached[subject] = await self._encoders.encoder(subject, schema)
         return encoder
+
+
+def _contexts(part: Outgoing, traces: Traces) -> list[bytes | None] | None:
+    """The trace context of each row's cause; None when no row has one. Positions are in order."""
+    of_source = traces.get((part.cause_topic, part.cause_partition))
+    if not of_source:
+        return None
+    contexts: list[bytes | None] = [None] * len(part)
+    causes = list(of_source)
+    begins = np.searchsorted(part.positions, causes, side="left").tolist()
+    ends = np.searchsorted(part.positions, causes, side="right").tolist()
+    for context, begin, end in zip(of_source.values(), begins, ends, strict=True):
+        contexts[begin:end] = [context] * (end - begin)
+    return contexts if any(contexts) else None
 
 
 def _checked_order(part: Outgoing) -> npt.NDArray[np.int32]:

@@ -31,6 +31,7 @@ from causemesh.runner.marks import HighWaterMarks
 from causemesh.runner.observer import Observer, UnitReport, Unobserved
 from causemesh.runner.stage import Limits, Stage
 from causemesh.runner.watermarks import WatermarkTracker
+from causemesh.spans import UnitSpans
 
 
 class PartitionWorker:
@@ -51,6 +52,7 @@ class PartitionWorker:
         limits: Limits,
         observer: Observer | None = None,
         deduplicate: bool = True,
+        spans: UnitSpans | None = None,
     ) -> None:
         self.stage = stage
         self.partition = partition
@@ -62,6 +64,7 @@ class PartitionWorker:
         self._limits = limits
         self._clock = clock
         self._observer: Observer = observer or Unobserved()
+        self._spans = spans or UnitSpans(None, "", stage.group, hold=processor.stateful)
         self._faults = Faults(clock, limits, lambda: self.stopping)
         self._marks = HighWaterMarks(enabled=deduplicate)
         inputs = stage.inputs(catalogue, partition)
@@ -122,7 +125,8 @@ class PartitionWorker:
             async with self._store.unit(claim) as unit:
                 await self.processor.process(batches, self.watermarks.least(), unit.transaction)
 
-        await self._faults.contain(self.processor, batches, attempt, rehearse)
+        with self._spans.unit(batches):
+            await self._faults.contain(self.processor, batches, attempt, rehearse)
         if raws:
             report = UnitReport(
                 sum(len(raw) for raw in raws),
@@ -147,7 +151,8 @@ class PartitionWorker:
             promises = self._due_promises(emission)
             self._dead = sum(len(part) for part in letters)
             self._sent = sum(len(part) for part in emission.outgoing)
-            await self._emitter.send([*emission.outgoing, *letters], promises)
+            await self._emitter.send([*emission.outgoing, *letters], promises, self._spans.traces)
+            self._spans.emitted(emission.outgoing)
             if batches:
                 reach(Point.WORKER_SENT)
             self._promised.update(promises)

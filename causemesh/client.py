@@ -44,18 +44,20 @@ class Client:
         self._encoders: dict[str, BatchEncoder] = {}
         self._lock = asyncio.Lock()
 
-    async def produce(self, event_type: str, events: Rows) -> int:
+    async def produce(
+        self, event_type: str, events: Rows, *, traceparent: bytes | None = None
+    ) -> int:
         """Write events of a declared type; returns how many, once all are acknowledged.
 
         A frame has the columns of the inbox record (hot path); rows are JSON-like, instants as
         ISO 8601 text. Raises Misdeclared for an unknown type, ValueError for a row that does not
-        fit, Retryable when the broker is away.
+        fit, Retryable when the broker is away. `traceparent` is the W3C trace context of the call.
         """
-        return await self._write(self.catalogue.topic(f"inbox.{event_type}"), events)
+        return await self._write(self.catalogue.topic(f"inbox.{event_type}"), events, traceparent)
 
-    async def request(self, requests: Rows) -> int:
+    async def request(self, requests: Rows, *, traceparent: bytes | None = None) -> int:
         """Write prediction requests; see `produce`. The event_id is the request id."""
-        return await self._write(self.catalogue.topic(REQUESTS), requests)
+        return await self._write(self.catalogue.topic(REQUESTS), requests, traceparent)
 
     async def watermark(self, event_type: str, at: datetime | int) -> None:
         """Promise that no event of this type before `at` will follow (UTC, or microseconds).
@@ -78,7 +80,7 @@ class Client:
             [Outbound(topic.name, n, [None], [values[n]]) for n in range(count)]
         )
 
-    async def _write(self, topic: Topic, records: Rows) -> int:
+    async def _write(self, topic: Topic, records: Rows, traceparent: bytes | None) -> int:
         if isinstance(records, pl.DataFrame):
             encoder = await self._encoder(topic.subject, topic.record)
             values, keys = encoder.encode(records), _frame_keys(topic, records)
@@ -87,7 +89,7 @@ class Client:
             single = RowEncoder(topic.record, schema_id)
             values = [single.encode(row) for row in records]
             keys = [row_key(topic, row) for row in records]
-        await self._producer.send(outbound(topic, keys, values))
+        await self._producer.send(outbound(topic, keys, values, traceparent))
         return len(values)
 
     async def _schema_id(self, subject: str, schema: Mapping[str, Any]) -> int:
@@ -102,11 +104,22 @@ class Client:
         return self._encoders[subject]
 
 
-def outbound(topic: Topic, keys: Sequence[bytes | None], values: Sequence[bytes]) -> list[Outbound]:
-    """Framed values by partition of their key."""
+def outbound(
+    topic: Topic,
+    keys: Sequence[bytes | None],
+    values: Sequence[bytes],
+    traceparent: bytes | None = None,
+) -> list[Outbound]:
+    """Framed values by partition of their key, all with one trace context or none."""
     chosen = partitions_of(keys, topic.partitions, unkeyed=0)
     return [
-        Outbound(topic.name, number, [keys[r] for r in rows], [values[r] for r in rows])
+        Outbound(
+            topic.name,
+            number,
+            [keys[r] for r in rows],
+            [values[r] for r in rows],
+            [traceparent] * len(rows) if traceparent else None,
+        )
         for number in range(topic.partitions)
         if len(rows := np.flatnonzero(chosen == number).tolist())
     ]

@@ -19,6 +19,7 @@ from causemesh.client import REQUESTS, Client
 from causemesh.codec.rows import RowEncoder
 from causemesh.errors import Misdeclared
 from causemesh.log import LogReader
+from causemesh.spans import DoorSpans
 from services.ingest.domain import MAX_VALUE_BYTES, REASONS
 from services.ingest.rejects import RejectFilter, Rejects
 from services.ingest.replies import PREDICTIONS, Replies, Reply
@@ -101,22 +102,35 @@ _OUTCOME_STATUS = {"failed": 422, "expired": 504, "shed": 429}
 
 
 def routes(
-    client: Client, replies: Replies, log: LogReader, producer: Producer, settings: IngestSettings
+    client: Client,
+    replies: Replies,
+    log: LogReader,
+    producer: Producer,
+    settings: IngestSettings,
+    *,
+    spans: DoorSpans,
 ) -> APIRouter:
     """All routes, bound to their connections."""
     api = APIRouter()
     rejects = Rejects(log, client.catalogue, producer)
 
+    async def send(ask: PredictionAsk, incoming: str | None) -> None:
+        with spans.sending("POST /v1/predictions", incoming) as context:
+            await _send(client, ask, context)
+
     @api.post("/events", status_code=202, tags=["events"], responses=failures(413))
-    async def produce_events(request: Request) -> Accepted:
+    async def produce_events(
+        request: Request, traceparent: Annotated[str | None, Header()] = None
+    ) -> Accepted:
         """Write CloudEvents: one, or a list (application/cloudevents-batch+json).
 
         All or none: one invalid event refuses the call and says which one and why.
         """
         events = _parsed(await request.body(), settings.max_events_per_call)
         rows = _checked(client, events)
-        for kind, part in rows.items():
-            await client.produce(kind, part)
+        with spans.sending("POST /v1/events", traceparent) as context:
+            for kind, part in rows.items():
+                await client.produce(kind, part, traceparent=context)
         return Accepted(accepted=len(events))
 
     @api.post(
@@ -129,6 +143,7 @@ def routes(
         response: Response,
         wait_ms: Annotated[int, Query(ge=0, le=30_000)] = 5_000,
         prefer: Annotated[str | None, Header()] = None,
+        traceparent: Annotated[str | None, Header()] = None,
     ) -> dict[str, Any]:
         """Ask for a prediction and wait for its outcome.
 
@@ -136,11 +151,11 @@ def routes(
         is 202 with the request id; the outcome is on inference.predictions.v1 in any case.
         """
         if prefer == "respond-async" or wait_ms == 0:
-            await _send(client, ask)
+            await send(ask, traceparent)
         else:
             outcome = replies.expect(ask.tenant_id, ask.request_id)
             try:
-                await _send(client, ask)
+                await send(ask, traceparent)
                 return _outcome(await asyncio.wait_for(outcome, wait_ms / 1000))
             except TimeoutError:
                 pass
@@ -229,10 +244,10 @@ def _check(encoder: RowEncoder, row: dict[str, Any], numbers: Mapping[str, Any])
             raise Problem(422, "not_a_number", f"{name}: {REASONS['not_a_number']}")
 
 
-async def _send(client: Client, ask: PredictionAsk) -> None:
+async def _send(client: Client, ask: PredictionAsk, context: bytes | None) -> None:
     row = ask.row()
     _check(_encoder(client, REQUESTS), row, ask.inputs)
-    await client.request([row])
+    await client.request([row], traceparent=context)
 
 
 def _outcome(reply: Reply) -> dict[str, Any]:

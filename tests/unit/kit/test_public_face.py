@@ -50,8 +50,8 @@ FACE = {
     },
     client.Client: {
         "": "catalogue, registry, producer",
-        "produce": "async event_type, events",
-        "request": "async requests",
+        "produce": "async event_type, events, *, traceparent=",
+        "request": "async requests, *, traceparent=",
         "watermark": "async event_type, at",
     },
     log.LogReader: {

@@ -7,8 +7,9 @@ contexts are passed on as they came, so that a service without an exporter break
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +18,7 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
-from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, get_current_span
+from opentelemetry.trace import Link, Span, SpanKind, Status, StatusCode, Tracer, get_current_span
 from opentelemetry.trace.propagation import set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:  # the worker imports this module
 
 _W3C = TraceContextTextMapPropagator()
 _HELD = 1_000
+_UNIT: ContextVar[tuple[Tracer, Sequence[Span]] | None] = ContextVar("unit", default=None)
 
 
 def tracer_provider(service: str, endpoint: str, ratio: float) -> TracerProvider:
@@ -72,6 +74,7 @@ class UnitSpans:
         """Spans over one unit; an error that ends the unit is recorded on each."""
         traced = [batch for batch in batches if batch.raw.traceparents is not None]
         spans = [span for batch in traced for span in self._begin(batch)] if traced else []
+        token = _UNIT.set((self._tracer, spans) if self._tracer and spans else None)
         try:
             yield
         except Exception as error:
@@ -80,6 +83,7 @@ class UnitSpans:
                 span.set_status(Status(StatusCode.ERROR, str(error)))
             raise
         finally:
+            _UNIT.reset(token)
             for span in spans:
                 span.end()
             if self.traces and not self._hold:
@@ -130,6 +134,28 @@ class UnitSpans:
                 place: position,
             },
         )
+
+
+@contextmanager
+def calling(name: str, attributes: Mapping[str, str | int]) -> Iterator[None]:
+    """A client span round a call for the unit in progress; nothing when no record is traced.
+
+    One call serves many records: the span is the child of the first traced one and links to the
+    others.
+    """
+    unit = _UNIT.get()
+    if unit is None:
+        yield
+        return
+    tracer, (first, *others) = unit
+    with tracer.start_as_current_span(
+        name,
+        context=set_span_in_context(first),
+        kind=SpanKind.CLIENT,
+        attributes=attributes,
+        links=[Link(other.get_span_context()) for other in others],
+    ):
+        yield
 
 
 class DoorSpans:

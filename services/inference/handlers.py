@@ -13,6 +13,7 @@ from prometheus_client import Counter
 
 from causemesh.clock import Clock
 from causemesh.runner import Batch, Emission, Outgoing
+from causemesh.spans import calling
 from services.inference.deployments import Deployments
 from services.inference.domain import ModelVersion, Outcomes, groups, matrix
 from services.inference.gateways import ModelError, ModelServer, NotLoaded
@@ -95,7 +96,12 @@ class Predict:
         began = self._clock.monotonic()
         try:
             async with self._calls:
-                scores = await self._server.infer(version.deployment, inputs)
+                model: dict[str, str | int] = {
+                    "gen_ai.request.model": version.deployment,
+                    "causemesh.rows": len(inputs),
+                }
+                with calling(f"infer {version.deployment}", model):
+                    scores = await self._server.infer(version.deployment, inputs)
         except NotLoaded:
             self._deployments.forget(version.model, version.version)
             raise

@@ -23,7 +23,7 @@ from causemesh.clock import SystemClock
 from causemesh.errors import Fatal
 from causemesh.positions import MemoryPositionStore
 from causemesh.runner import Emitter, Limits, PartitionWorker, Stage
-from causemesh.spans import DoorSpans, UnitSpans
+from causemesh.spans import DoorSpans, UnitSpans, calling
 
 from .topology import PARTITIONS, Door, Join, PickleCodec, Sink, catalogue, fill, make_source
 
@@ -195,3 +195,18 @@ def test_the_door_continues_the_callers_trace() -> None:
         assert context is not None
         assert TRACE.encode() in context
     assert mesh.edges() == {("caller", "send")}
+
+
+def test_a_call_is_the_child_of_one_record_and_links_to_the_others() -> None:
+    mesh = Mesh()
+    spans = UnitSpans(mesh.tracer, "memory", "g", hold=False)
+    contexts = [CONTEXT.encode(), None, CONTEXT.encode()]
+    raw = SimpleNamespace(traceparents=contexts, positions=np.arange(3))
+    batch: Any = SimpleNamespace(topic="t", partition=0, rows=np.arange(3), bad={}, raw=raw)
+    with calling("before", {}), spans.unit([batch]), calling("infer", {}):
+        pass
+    assert mesh.edges() == {("caller", "process t"), ("process t", "infer")}
+    first, *others = [span for span in mesh.spans() if span.name == "process t"]
+    (call,) = [span for span in mesh.spans() if span.name == "infer"]
+    assert call.parent == first.context
+    assert [link.context for link in call.links] == [one.context for one in others]

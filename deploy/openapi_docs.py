@@ -37,8 +37,8 @@ async def _nothing_missing() -> Mapping[str, str]:
 def application(service: str) -> FastAPI:
     """The admin API of `service`, to be read and not to be called."""
     routes = import_module(f"services.{service}.api").routes
-    absent = [_Absent() for _ in inspect.signature(routes).parameters]
-    return create_app(service, "", CollectorRegistry(), _nothing_missing, [routes(*absent)])
+    absent = {name: _Absent() for name in inspect.signature(routes).parameters}
+    return create_app(service, "", CollectorRegistry(), _nothing_missing, [routes(**absent)])
 
 
 def render(app: FastAPI) -> str:

@@ -1,6 +1,6 @@
 """What a prediction takes over the topics at a fixed rate, hop by hop, beside a bare broker echo.
 
-usage: python benchmarks/latency.py [--rates 20 50 200] [--seconds 20]
+usage: python -m benchmarks.latency [--rates 20 50 200] [--seconds 20]
 
 Starts the flights mesh with all six services in .causemesh-latency. Requests are sent at their
 scheduled times whether or not earlier ones were answered, and each latency counts from the

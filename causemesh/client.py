@@ -137,11 +137,10 @@ def row_key(topic: Topic, row: Mapping[str, Any]) -> bytes:
 
 def request_keys(frame: pl.DataFrame) -> pl.Series:
     """The routing key of requests: the first entity's value, or the id where it has none."""
-    return frame.select(
-        pl.coalesce(
-            pl.col("entities").list.first().struct.field("value"), pl.col("event_id")
-        ).alias("key")
-    ).to_series()
+    values = frame["entities"].list.first().struct.unnest()["value"]
+    if values.null_count():
+        values = values.zip_with(values.is_not_null(), frame["event_id"])
+    return values.alias("key")
 
 
 def _frame_keys(topic: Topic, frame: pl.DataFrame) -> list[bytes | None]:

@@ -126,7 +126,7 @@ class _Writer:
         self._parsed = fastavro.parse_schema(plain(schema))
         self._readers: dict[str, Any] = {}
         # By identity: comparing schemas by shape costs more than decoding a record.
-        self._latest: tuple[Mapping[str, Any], Any] | None = None
+        self._latest: tuple[Mapping[str, Any], Any, pl.Schema] | None = None
 
     def read(
         self, values: Sequence[bytes], reader: Mapping[str, Any]
@@ -151,16 +151,16 @@ class _Writer:
         except (NotExpressibleError, pl.exceptions.PolarsError):
             return None
 
-    def parsed_reader(self, reader: Mapping[str, Any]) -> Any:
-        """The reader schema as `one` takes it."""
+    def parsed_reader(self, reader: Mapping[str, Any]) -> tuple[Any, pl.Schema]:
+        """The reader schema as `one` takes it, and its columns."""
         known = self._latest
         if known is None or known[0] is not reader:
             key = shape(dict(reader))
             parsed = self._readers.get(key)
             if parsed is None:
                 parsed = self._readers[key] = fastavro.parse_schema(plain(dict(reader)))
-            known = self._latest = (reader, parsed)
-        return known[1]
+            known = self._latest = (reader, parsed, frame_schema(reader))
+        return known[1:]
 
     def one(self, body: bytes, parsed: Any) -> dict[str, Any]:
         """One record, by a parsed reader schema. Raises ValueError with the reason."""
@@ -182,7 +182,6 @@ class _Run:
         self._writer = writer
         self._bodies = bodies
         self._reader = reader
-        self._schema = frame_schema(reader)
         self.frames: list[pl.DataFrame] = []
         self.good: list[int] = []
         self.bad: dict[int, str] = {}
@@ -214,7 +213,7 @@ class _Run:
     def singly(self, start: int, end: int) -> None:
         """Decode [start, end) record by record."""
         rows = []
-        parsed = self._writer.parsed_reader(self._reader)
+        parsed, schema = self._writer.parsed_reader(self._reader)
         for number in range(start, end):
             try:
                 rows.append(self._writer.one(self._bodies[number], parsed))
@@ -222,7 +221,7 @@ class _Run:
             except ValueError as error:
                 self.bad[number] = str(error)
         if rows:
-            self.frames.append(pl.DataFrame(rows, schema=self._schema, orient="row"))
+            self.frames.append(pl.DataFrame(rows, schema=schema, orient="row"))
 
 
 def plain(schema: Any) -> Any:

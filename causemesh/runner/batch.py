@@ -11,6 +11,7 @@ import numpy.typing as npt
 import polars as pl
 
 from causemesh.bus.base import Positions, RawBatch
+from causemesh.series import int64s, kept
 
 Int32s = npt.NDArray[np.int32]
 
@@ -45,7 +46,7 @@ class Batch:
     @property
     def occurred_at_us(self) -> Positions:
         """Event time of each row, microseconds."""
-        return self.frame["occurred_at"].to_physical().to_numpy()
+        return int64s(self.frame["occurred_at"])
 
     def __len__(self) -> int:
         return self.frame.height
@@ -57,7 +58,7 @@ class Batch:
         return Batch(
             self.topic,
             self.partition,
-            self.frame.filter(pl.Series(keep)),
+            kept(self.frame, keep),
             self.rows[keep],
             self.raw,
             self.bad,

@@ -19,6 +19,7 @@ from causemesh.runner.batch import Outgoing
 
 _NAMESPACE = uuid.UUID("5f0c1f0e-6f4e-5f43-9a57-0d1c6f1f2f61").bytes
 _ORIGIN = pl.Struct({"topic": pl.String, "partition": pl.Int32, "position": pl.Int64})
+_NO_ORIGIN = pl.Series("origin", [None], dtype=_ORIGIN)
 
 Traces = Mapping[TopicPartition, Mapping[int, bytes]]
 """The trace context of each traced cause, by (topic, partition) and position."""
@@ -148,7 +149,7 @@ def _checked_order(part: Outgoing) -> npt.NDArray[np.int32]:
 
 def _with_envelope(part: Outgoing, indexes: npt.NDArray[np.int32], record: Schema) -> pl.DataFrame:
     count = len(part)
-    nothing = pl.Series("origin", [None], dtype=_ORIGIN).new_from_index(0, count)
+    nothing = _NO_ORIGIN.new_from_index(0, count)
     # Built as columns: an expression over them costs more than all the rest on a single row.
     cause = pl.DataFrame(
         [

@@ -20,6 +20,7 @@ from services.features.domain.models import (
     ModelBook,
     Signature,
     full_vectors,
+    named_numbers,
     named_values,
 )
 from services.features.domain.snapshots import pack, unpack_blobs
@@ -253,11 +254,11 @@ class Join:
             [
                 asked["event_id"].alias("request_id"),
                 asked["tenant_id"],
-                asked["occurred_at"].to_physical().alias("occurred_at_us"),
+                asked["occurred_at"].cast(pl.Int64).alias("occurred_at_us"),
                 asked["model"],
                 asked["version"],
                 asked["mode"],
-                asked["expires_at"].to_physical().alias("expires_us"),
+                asked["expires_at"].cast(pl.Int64).alias("expires_us"),
                 pl.Series("source", np.full(asked.height, source, dtype=np.int64)),
                 pl.Series("position", batch.positions),
                 pl.Series("key", [batch.raw.keys[row] for row in batch.rows], dtype=pl.Binary),
@@ -272,14 +273,10 @@ class Join:
 
     def _packed_inputs(self, signatures: pl.Series, inputs: pl.Series) -> pl.Series:
         packed = np.full(len(signatures), b"", dtype=object)
-        for name in signatures.unique().to_list():
-            if name == UNRESOLVED:
-                continue
+        for name in sorted(set(signatures.to_list()) - {UNRESOLVED}):
             at = np.flatnonzero((signatures == name).to_numpy())
-            wanted = self.book.signatures[name].inputs
-            values = named_values(inputs.gather(at), wanted, pl.Float64)
-            matrix = values.cast(pl.Float32).fill_null(float("nan")).to_numpy()
-            packed[at] = row_bytes(matrix.reshape(len(at), len(wanted)))
+            mine = inputs if len(at) == len(inputs) else inputs[at]
+            packed[at] = row_bytes(named_numbers(mine, self.book.signatures[name].inputs))
         return pl.Series("inputs", packed.tolist(), dtype=pl.Binary)
 
     def _tasks(self) -> list[Outgoing]:
@@ -296,9 +293,7 @@ class Join:
     def _lane_tasks(self, lane: str, ready: pl.DataFrame) -> Outgoing:
         vectors = np.full(ready.height, b"", dtype=object)
         failures = np.array(ready["failure"].to_list(), dtype=object)
-        for name in ready["signature"].unique().to_list():
-            if name == UNRESOLVED:
-                continue
+        for name in sorted(set(ready["signature"].to_list()) - {UNRESOLVED}):
             at = np.flatnonzero((ready["signature"] == name).to_numpy())
             part = ready if len(at) == ready.height else ready[at]
             vectors[at], missing = _completed(self.book.signatures[name], part)

@@ -11,9 +11,12 @@ import numpy.typing as npt
 import polars as pl
 
 from causemesh.errors import Misdeclared
+from causemesh.series import filled_int64s, null_mask
 
 Float64s = npt.NDArray[np.float64]
 Objects = npt.NDArray[np.object_]
+_NEVER_US = 2**62
+_CARRIED = ("tenant_id", "occurred_at", "request_id", "model", "version")
 
 
 @dataclass(frozen=True)
@@ -107,11 +110,11 @@ class Outcomes:
             np.full(count, np.nan),
             np.zeros(count),
         )
-        failed = tasks["failure"].is_not_null().to_numpy()
-        expires = tasks["expires_at"].to_physical().fill_null(2**62).to_numpy()
-        expired = ~failed & (expires <= now_us)
-        made.outcome[failed] = "failed"
-        made.reason[failed] = tasks["failure"].filter(pl.Series(failed)).to_numpy()
+        failed = ~null_mask(tasks["failure"])
+        expired = ~failed & (filled_int64s(tasks["expires_at"], _NEVER_US) <= now_us)
+        if failed.any():
+            made.outcome[failed] = "failed"
+            made.reason[failed] = tasks["failure"].drop_nulls().to_list()
         made.outcome[expired] = "expired"
         made.reason[expired] = "expired: the deadline passed before a model was called"
         return made
@@ -136,19 +139,19 @@ class Outcomes:
 
     def frame(self, tasks: pl.DataFrame, lane: str, now_us: int) -> pl.DataFrame:
         """The columns of PredictionMade, one row a task."""
-        return tasks.select(
-            "tenant_id",
-            "occurred_at",
-            "request_id",
-            "model",
-            "version",
-            pl.Series("outcome", self.outcome.tolist(), dtype=pl.String),
-            pl.Series("score", self.score).fill_nan(None),
-            pl.Series("reason", self.reason.tolist(), dtype=pl.String),
-            "vector",
-            pl.lit(lane).alias("lane"),
-            pl.Series("compute_ms", self.compute_ms),
-            pl.lit(now_us).cast(pl.Datetime("us", "UTC")).alias("predicted_at"),
+        scores = pl.Series("score", self.score)
+        now = pl.Series("predicted_at", [now_us], dtype=pl.Int64).cast(pl.Datetime("us", "UTC"))
+        return pl.DataFrame(
+            [
+                *(tasks[name] for name in _CARRIED),
+                pl.Series("outcome", self.outcome.tolist(), dtype=pl.String),
+                scores.fill_nan(None) if np.isnan(self.score).any() else scores,
+                pl.Series("reason", self.reason.tolist(), dtype=pl.String),
+                tasks["vector"],
+                pl.Series("lane", [lane]).new_from_index(0, tasks.height),
+                pl.Series("compute_ms", self.compute_ms),
+                now.new_from_index(0, tasks.height),
+            ]
         )
 
 
@@ -156,10 +159,10 @@ def groups(
     tasks: pl.DataFrame, rows: npt.NDArray[np.int64], at_most: int
 ) -> Iterator[tuple[str, int, npt.NDArray[np.int64]]]:
     """Rows by (model, version), in pieces of at most `at_most`."""
-    names, numbers = tasks["model"].gather(rows), tasks["version"].gather(rows)
+    names, numbers = tasks["model"].to_list(), tasks["version"].to_list()
     rows_of: dict[tuple[str, int], list[int]] = {}
-    for row, key in zip(rows.tolist(), zip(names, numbers, strict=True), strict=True):
-        rows_of.setdefault(key, []).append(row)
+    for row in rows.tolist():
+        rows_of.setdefault((names[row], numbers[row]), []).append(row)
     for (model, version), mine in rows_of.items():
         for start in range(0, len(mine), at_most):
             yield model, version, np.array(mine[start : start + at_most], dtype=np.int64)

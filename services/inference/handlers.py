@@ -92,7 +92,7 @@ class Predict:
         alone."""
         if not len(rows):
             return
-        inputs = matrix(vectors.gather(rows).to_list(), len(version.features))
+        inputs = matrix(vectors[rows].to_list(), len(version.features))
         began = self._clock.monotonic()
         try:
             async with self._calls:

@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 
 from causemesh.catalogue import NO_TENANT
+from causemesh.series import Int64s, Mask, int64s
 
-Int64s = npt.NDArray[np.int64]
 MAX_VALUE_BYTES = 1_000_000
 """The largest record that is let in. What is made from it has a longer envelope, and every reader
 of the mesh takes 1 MiB at most."""
@@ -62,29 +61,36 @@ def refusals(frame: pl.DataFrame, now_us: Int64s, appended_us: Int64s, rules: Ru
     `now_us` is each row's present in event time (the watermark in force, or the append time),
     `appended_us` the broker's append time; both microseconds. The first reason that holds wins.
     """
-    occurred = frame["occurred_at"].to_physical().to_numpy()
+    occurred = int64s(frame["occurred_at"])
     checks = [
-        ("missing_tenant", (frame["tenant_id"].str.strip_chars() == "").to_numpy()),
-        ("missing_id", (frame["event_id"].str.strip_chars() == "").to_numpy()),
+        ("missing_tenant", _blank(frame["tenant_id"])),
+        ("missing_id", _blank(frame["event_id"])),
         ("too_old", occurred < now_us - rules.window_us),
         ("from_future", occurred > appended_us + rules.future_tolerance_us),
         ("not_a_number", _not_numbers(frame)),
     ]
-    codes = np.full(frame.height, -1, dtype=np.int64)
-    for number, (_, holds) in reversed(list(enumerate(checks))):
-        codes[holds] = number
-    names = pl.Series([name for name, _ in checks])
-    return names.gather(pl.Series(codes).replace(-1, None)).alias("reason")
+    codes = np.full(frame.height, None, dtype=object)
+    for name, holds in reversed(checks):
+        codes[holds] = name
+    return pl.Series("reason", codes.tolist(), dtype=pl.String)
 
 
-def _not_numbers(frame: pl.DataFrame) -> npt.NDArray[np.bool_]:
+def _blank(texts: pl.Series) -> Mask:
+    """Where a text is empty or only white space."""
+    stripped = list(map(str.strip, texts.to_list()))
+    if all(stripped):
+        return np.zeros(len(stripped), dtype=bool)
+    return np.array([not text for text in stripped], dtype=bool)
+
+
+def _not_numbers(frame: pl.DataFrame) -> Mask:
     wrong = np.zeros(frame.height, dtype=bool)
     for column in frame.get_columns():
         if column.dtype.is_float():
             wrong |= _not_finite(column)
     if "inputs" in frame.columns:
         inputs = frame["inputs"]
-        values = inputs.explode().struct.field("value")
+        values = inputs.explode().struct.unnest()["value"]
         if _not_finite(values).any():
             named = pl.element().struct.field("value")
             found = inputs.list.eval(~named.is_finite()).list.any()
@@ -92,16 +98,19 @@ def _not_numbers(frame: pl.DataFrame) -> npt.NDArray[np.bool_]:
     return wrong
 
 
-def _not_finite(values: pl.Series) -> npt.NDArray[np.bool_]:
+def _not_finite(values: pl.Series) -> Mask:
     """Where a number is NaN or infinite; a null is neither."""
-    finite: npt.NDArray[np.bool_] = np.isfinite(values.to_numpy())  # a null comes out as NaN
+    finite: Mask = np.isfinite(values.to_numpy())  # a null comes out as NaN
     return ~finite & values.is_not_null().to_numpy() if values.null_count() else ~finite
 
 
 def id_digests(frame: pl.DataFrame) -> list[bytes]:
     """The 128-bit BLAKE2b of tenant and event id, one a row."""
-    joined = frame.select(pl.concat_str("tenant_id", "event_id", separator="\x1f")).to_series()
-    return [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in joined.to_list()]
+    named = zip(frame["tenant_id"].to_list(), frame["event_id"].to_list(), strict=True)
+    return [
+        hashlib.blake2b(f"{tenant}\x1f{event_id}".encode(), digest_size=16).digest()
+        for tenant, event_id in named
+    ]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from causemesh.catalogue import NO_TENANT, Catalogue, Progress
 from causemesh.client import REQUESTS, request_keys
 from causemesh.clock import Clock
 from causemesh.runner import NEVER, Batch, Emission, Outgoing
+from causemesh.series import kept, null_mask
 from services.ingest.domain import (
     REASONS,
     Refused,
@@ -86,9 +87,8 @@ class Door:
         return refusals(batch.frame, now, appended, self._rules)
 
     def _outgoing(self, batch: Batch, reasons: pl.Series) -> list[Outgoing]:
-        accepted = reasons.is_null()
-        good = batch.frame.filter(accepted)
-        keep = accepted.to_numpy()
+        keep = null_mask(reasons)
+        good = kept(batch.frame, keep)
         keys = self._keys(batch.topic, good)
         source = (batch.topic, batch.partition)
         sent = [Outgoing(target_of(batch.topic), good, keys, *source, batch.positions[keep])]
@@ -148,8 +148,8 @@ class Door:
 def _claims(batches: Sequence[Batch], reasons: Sequence[pl.Series]) -> IdClaims:
     claims = IdClaims([], [], [], [], [])
     for batch, reason in zip(batches, reasons, strict=True):
-        keep = reason.is_null()
-        good, mask = batch.frame.filter(keep), keep.to_numpy()
+        mask = null_mask(reason)
+        good = kept(batch.frame, mask)
         claims.digests.extend(id_digests(good))
         claims.topics.extend([batch.topic] * good.height)
         claims.partitions.extend([batch.partition] * good.height)
@@ -176,11 +176,11 @@ def _with_duplicates(
 def _refused(batch: Batch, reasons: pl.Series) -> Refused:
     rows = {row: (decode_code(detail), detail) for row, detail in batch.bad.items()}
     claimed = {}
-    wrong = reasons.is_not_null()
+    wrong = ~null_mask(reasons)
     if wrong.any():
-        frame = batch.frame.filter(wrong)
-        numbers = batch.rows[wrong.to_numpy()].tolist()
-        codes = reasons.filter(wrong).to_list()
+        frame = kept(batch.frame, wrong)
+        numbers = batch.rows[wrong].tolist()
+        codes = reasons.drop_nulls().to_list()
         rows |= {n: (code, REASONS[code]) for n, code in zip(numbers, codes, strict=True)}
         names = zip(frame["tenant_id"], frame["event_id"], strict=True)
         claimed = {

@@ -26,6 +26,8 @@ NULL = np.iinfo(np.int64).min
 SUM_LIMIT = 2**40
 # ... and where squares are kept, q * q itself must fit (its two halves are summed apart).
 SQUARE_LIMIT = 2**31
+# So few rows are joined sooner one by one than by an expression.
+_FEW = 64
 # Between the parts of a composite entity key.
 SEPARATOR = "\x1f"
 
@@ -126,6 +128,9 @@ def entity_keys(frame: pl.DataFrame, view: FeatureView, columns: Sequence[str]) 
     names = [*(["tenant_id"] if view.scope == "tenant" else []), *columns]
     if len(names) == 1:
         return frame[names[0]].cast(pl.String).alias("entity")
+    if frame.height <= _FEW:
+        texts = [frame[name].cast(pl.String).to_list() for name in names]
+        return pl.Series("entity", map(_joined, zip(*texts, strict=True)), dtype=pl.String)
     parts = [pl.col(name).cast(pl.String) for name in names]
     escaped = [
         part.str.replace_all("\x1e", "\x1e0", literal=True).str.replace_all(
@@ -136,6 +141,14 @@ def entity_keys(frame: pl.DataFrame, view: FeatureView, columns: Sequence[str]) 
     return frame.select(
         pl.concat_str([*escaped, parts[-1]], separator=SEPARATOR).alias("entity")
     ).to_series()
+
+
+def _joined(parts: Sequence[str | None]) -> str | None:
+    present = [part for part in parts if part is not None]
+    if len(present) < len(parts):
+        return None
+    escaped = [part.replace("\x1e", "\x1e0").replace(SEPARATOR, "\x1e1") for part in present[:-1]]
+    return SEPARATOR.join([*escaped, present[-1]])
 
 
 def int64(frame: pl.DataFrame, name: str) -> Ints:

@@ -89,7 +89,7 @@ class FeatureStore:
         """One vector a request, in the features of its `signature`: float32 little-endian."""
         out = np.empty(requests.height, object)
         asked = requests["signature"]
-        for signature in asked.unique(maintain_order=True).to_list():
+        for signature in dict.fromkeys(asked.to_list()):
             at = np.flatnonzero((asked == signature).to_numpy())
             part = requests if len(at) == requests.height else requests[at]
             matrix = self.answer_chunk(part, signatures[signature], as_of_us[at], chunk)

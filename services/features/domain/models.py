@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 
+from causemesh.series import null_mask
 from services.features.domain.events import Ints
 from services.features.domain.vectors import row_bytes
 
@@ -112,11 +114,12 @@ class ModelBook:
         chosen = np.zeros(requests.height, dtype=np.int64)
         pinned = requests["version"]
         occurred = requests["occurred_at_us"].to_numpy()
-        for model in requests["model"].unique().to_list():
+        for model in sorted(set(requests["model"].to_list())):
             at = np.flatnonzero((requests["model"] == model).to_numpy())
             chosen[at] = self._champions(model, occurred[at])
         versions = pl.Series("version", chosen).cast(pl.Int32)
-        versions = pinned.cast(pl.Int32).zip_with(pinned.is_not_null(), versions)
+        if pinned.null_count() < len(pinned):
+            versions = pinned.cast(pl.Int32).zip_with(pl.Series(~null_mask(pinned)), versions)
         names = (requests["model"] + "@" + versions.cast(pl.String)).to_list()
         failures = [self._failure(name) for name in names]
         signatures = [
@@ -188,6 +191,15 @@ def named_values(
             values = values.scatter(mine["row"].to_list(), mine["value"].to_list())
         columns.append(values.alias(name))
     return pl.DataFrame(columns)
+
+
+def named_numbers(column: pl.Series, names: Sequence[str]) -> npt.NDArray[np.float32]:
+    """A list of {name, value} as float32 [n, len(names)], NaN where it is not given."""
+    numbers = np.full((len(column), len(names)), np.nan, dtype=np.float32)
+    values = named_values(column, names, pl.Float64)
+    for place, name in enumerate(names):
+        numbers[:, place] = values[name].to_numpy()  # a null comes out as NaN
+    return numbers
 
 
 def full_vectors(

@@ -7,6 +7,8 @@ from typing import Any
 import polars as pl
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from causemesh.errors import Misdeclared, Poison
 from services.features.domain.definitions import Feature, FeatureView, InputColumn
@@ -221,3 +223,17 @@ def test_different_parts_never_make_the_same_key() -> None:
     assert joined.n_unique() < len(parts)  # control: plain joining mixes up tenants
     plain = pl.DataFrame({"tenant_id": "t", "k": "a", "m": "b"})
     assert entity_keys(plain, view, view.entity).to_list() == ["t\x1fa\x1fb"]
+
+
+_PART = st.none() | st.text("a\x1e\x1f0", max_size=4)
+
+
+@given(st.lists(st.tuples(st.just("t"), _PART, _PART), min_size=1, max_size=9))
+def test_keys_of_few_rows_are_those_of_many(rows: list[tuple[str | None, ...]]) -> None:
+    """How many rows come together must not show: the same entity, the same key."""
+    view = view_of()
+    names = dict.fromkeys(("tenant_id", "k", "m"), pl.String)
+    few = pl.DataFrame(rows, schema=names, orient="row")
+    many = pl.concat([few] * 65)
+    singly = [entity_keys(part, view, view.entity).item() for part in few.iter_slices(1)]
+    assert singly * 65 == entity_keys(many, view, view.entity).to_list()

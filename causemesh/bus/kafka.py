@@ -5,31 +5,30 @@ never commits; a member subscribes only to own partition numbers, keeps all of t
 commits offsets for lag dashboards. So a rebalance can't move a reader's position, and the position
 store alone says where to begin.
 
-Producing goes through prebuilt record batches: one append in C a record, one future a batch.
+Producing is in `kafka_producer`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 import numpy as np
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListener
+from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener
 from aiokafka import TopicPartition as KafkaPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.coordinator.assignors.range import RangePartitionAssignor
 from aiokafka.errors import KafkaError, OffsetOutOfRangeError
 from aiokafka.structs import OffsetAndMetadata
 
-from causemesh.bus.base import BEFORE_FIRST, TRACEPARENT, Outbound, RawBatch, TopicPartition
+from causemesh.bus.base import BEFORE_FIRST, TRACEPARENT, RawBatch, TopicPartition
+from causemesh.bus.kafka_clients import started
+from causemesh.bus.kafka_producer import KafkaProducer
 from causemesh.catalogue import Topic
 from causemesh.errors import Fatal, Misdeclared, Retryable
 
-_MAX_BATCH_BYTES = 1_900_000  # under the topics' max.message.bytes, above the largest value
-_REQUEST_TIMEOUT_MS = 15_000
 _KEEP_ALIVE_MS = 500
 _KNOWN_ATTEMPTS, _KNOWN_WAIT_S = 50, 0.2
 _METADATA_MS = 10_000  # how soon a member notices topics and partitions that changed
@@ -100,7 +99,7 @@ class KafkaReader:
             max_partition_fetch_bytes=4 << 20,
             fetch_max_wait_ms=500,
         )
-        await _started(consumer)
+        await started(consumer)
         partitions = {key: KafkaPartition(*key) for key in self._after}
         consumer.assign(list(partitions.values()))
         fresh = [partitions[key] for key, at in self._after.items() if at == BEFORE_FIRST]
@@ -141,69 +140,6 @@ def _traceparents(headers: Sequence[Sequence[tuple[str, bytes]]]) -> list[bytes 
     return [dict(one).get(TRACEPARENT) for one in headers] if any(headers) else None
 
 
-class KafkaProducer:
-    """See `Producer`. Idempotent; one batch in flight a partition, so a failure leaves no gap."""
-
-    def __init__(self, bootstrap: str, name: str) -> None:
-        self._bootstrap = bootstrap
-        self._name = name
-        self._producer: Any = None
-        self._opening = asyncio.Lock()
-
-    async def send(self, outbound: Sequence[Outbound]) -> None:
-        """See `Producer.send`."""
-        producer = await self._opened()
-        by_partition: dict[TopicPartition, list[Outbound]] = {}
-        for part in outbound:
-            by_partition.setdefault((part.topic, part.partition), []).append(part)
-        sends = [self._in_order(producer, key, parts) for key, parts in by_partition.items()]
-        results = await asyncio.gather(*sends, return_exceptions=True)
-        for result in results:
-            if isinstance(result, KafkaError):
-                raise Retryable(f"producing failed: {result!r}") from result
-            if isinstance(result, BaseException):
-                raise result
-
-    @staticmethod
-    async def _in_order(producer: Any, to: TopicPartition, parts: Sequence[Outbound]) -> None:
-        topic, partition = to
-        batch = producer.create_batch()
-        for part in parts:
-            traces = part.traceparents or itertools.repeat(None, len(part.values))
-            for key, value, trace in zip(part.keys, part.values, traces, strict=True):
-                headers = [(TRACEPARENT, trace)] if trace else []
-                row = {"key": key, "value": value, "timestamp": None, "headers": headers}
-                if batch.append(**row) is None:
-                    await (await producer.send_batch(batch, topic, partition=partition))
-                    batch = producer.create_batch()
-                    if batch.append(**row) is None:
-                        raise Fatal(f"{topic}: a record of {len(value)} bytes exceeds a batch")
-        if batch.record_count():
-            await (await producer.send_batch(batch, topic, partition=partition))
-
-    async def _opened(self) -> Any:
-        async with self._opening:
-            if self._producer is None:
-                producer = AIOKafkaProducer(
-                    bootstrap_servers=self._bootstrap,
-                    client_id=self._name,
-                    enable_idempotence=True,
-                    compression_type="lz4",
-                    max_batch_size=_MAX_BATCH_BYTES,
-                    max_request_size=_MAX_BATCH_BYTES + 65_536,
-                    request_timeout_ms=_REQUEST_TIMEOUT_MS,
-                )
-                await _started(producer)
-                self._producer = producer
-        return self._producer
-
-    async def close(self) -> None:
-        """See `Producer.close`."""
-        if self._producer is not None:
-            producer, self._producer = self._producer, None
-            await producer.stop()
-
-
 class KafkaMembership(ConsumerRebalanceListener):  # type: ignore[misc]
     """See `Membership`. The range assignor gives a member one partition number of every topic."""
 
@@ -227,7 +163,7 @@ class KafkaMembership(ConsumerRebalanceListener):  # type: ignore[misc]
     async def changed(self) -> frozenset[int]:
         """See `Membership.changed`; empty while partitions are being moved."""
         if self._alive is None:
-            await _started(self._consumer)
+            await started(self._consumer)
             await self._until_known()
             self._consumer.subscribe(self._topics, listener=self)
             self._alive = asyncio.create_task(self._keep_alive())
@@ -340,7 +276,7 @@ class KafkaAdmin:
             for number in range(len(entry["partitions"]))
         ]
         consumer = AIOKafkaConsumer(bootstrap_servers=self._bootstrap, group_id=None)
-        await _started(consumer)
+        await started(consumer)
         try:
             ends = await consumer.end_offsets(partitions)
         finally:
@@ -356,7 +292,7 @@ class KafkaAdmin:
     async def _opened(self) -> Any:
         if self._client is None:
             client = AIOKafkaAdminClient(bootstrap_servers=self._bootstrap)
-            await _started(client, client.close)
+            await started(client, client.close)
             self._client = client
         return self._client
 
@@ -365,20 +301,3 @@ class KafkaAdmin:
         if self._client is not None:
             client, self._client = self._client, None
             await client.close()
-
-
-async def _started(client: Any, stop: Callable[[], Awaitable[None]] | None = None) -> None:
-    """Start an aiokafka client, or stop it whole; `stop` where that is not `client.stop`.
-
-    Raises Retryable when Kafka is away. Cut off half-way, aiokafka would leave its bootstrap
-    connection open, so a start always runs to its end.
-    """
-    starting = asyncio.ensure_future(client.start())
-    try:
-        await asyncio.shield(starting)
-    except BaseException as error:
-        await asyncio.wait([starting])
-        await (stop or client.stop)()
-        if isinstance(error, KafkaError):
-            raise Retryable(f"Kafka is away: {error!r}", retry_after=1.0) from error
-        raise

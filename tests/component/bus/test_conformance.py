@@ -127,6 +127,26 @@ async def test_large_sends_are_split_and_stay_in_order(bus: Bus, topic: str) -> 
     assert [value for _, value in seen[(topic, 0)]] == values
 
 
+async def test_many_callers_at_once_all_get_through_in_order(bus: Bus, topic: str) -> None:
+    producer = bus.producer("conformance")
+
+    async def caller(number: int) -> None:
+        for row in range(5):
+            value = b"%d.%d" % (number, row)
+            await producer.send([Outbound(topic, n, [None], [value]) for n in (0, 1)])
+
+    await asyncio.gather(*map(caller, range(50)))
+    await producer.close()
+    found = await read(bus, {(topic, 0): BEFORE_FIRST, (topic, 1): BEFORE_FIRST}, 500)
+    for pairs in found.values():
+        by_caller: dict[bytes, list[bytes]] = {}
+        for _, value in pairs:
+            number, _, row = value.partition(b".")
+            by_caller.setdefault(number, []).append(row)
+        assert len(by_caller) == 50
+        assert all(rows == [b"0", b"1", b"2", b"3", b"4"] for rows in by_caller.values())
+
+
 async def test_another_partition_count_is_refused(bus: Bus, topic: str) -> None:
     admin = bus.admin()
     assert await admin.ensure([declared(topic)]) == []

@@ -13,6 +13,7 @@ from typing import Any
 
 import structlog
 import uvicorn
+import uvloop
 from fastapi import APIRouter
 from opentelemetry.sdk.trace import TracerProvider
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
@@ -288,7 +289,7 @@ async def open_service(name: str, settings: ServiceSettings) -> AsyncIterator[Se
 def run_process(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
     """Run a service's `main` as a process: exit status 0 after a signal, 1 after a failure."""
     try:
-        asyncio.run(main())
+        uvloop.run(main())
     except MeshError as error:
         _log.error("service_failed", reason=str(error))
         sys.exit(1)

@@ -30,6 +30,7 @@ from causemesh.catalogue import Topic
 from causemesh.errors import Fatal, Misdeclared, Retryable
 
 _KEEP_ALIVE_MS = 500
+_TAKEN_S = 3_600.0
 _KNOWN_ATTEMPTS, _KNOWN_WAIT_S = 50, 0.2
 _METADATA_MS = 10_000  # how soon a member notices topics and partitions that changed
 _ALREADY_EXISTS = 36
@@ -100,6 +101,10 @@ class KafkaReader:
             fetch_max_wait_ms=500,
         )
         await started(consumer)
+        # After this time aiokafka asks without the partitions whose data was not taken yet, and
+        # what comes on those must wait until that request has: up to `fetch_max_wait_ms`, while one
+        # unit of work is long and the other topics are quiet. We always take all there is.
+        consumer._fetcher._prefetch_backoff = _TAKEN_S
         partitions = {key: KafkaPartition(*key) for key in self._after}
         consumer.assign(list(partitions.values()))
         fresh = [partitions[key] for key, at in self._after.items() if at == BEFORE_FIRST]

@@ -233,7 +233,7 @@ async def cut_off(kafka_bootstrap: str, attempts: int) -> None:
             asyncio.create_task(reader.fetch(1, 0.1)),
             asyncio.create_task(admin.ends(["nowhere"])),
         ]
-        await asyncio.sleep(number * 0.0005)
+        await asyncio.sleep(0.0002 * 1.27**number)  # 0.2 ms to 0.2 s: also a loaded machine's start
         for task in starting:
             task.cancel()
         await asyncio.gather(*starting, return_exceptions=True)
@@ -267,3 +267,47 @@ def test_a_start_that_is_cut_off_leaves_no_connection_open(
     if not to_the_end:
         monkeypatch.setattr("causemesh.bus.kafka.asyncio.shield", lambda started: started)
     assert (not unclosed(kafka_bootstrap, recwarn)) == to_the_end
+
+
+async def longest_wait(bus: Bus, topic: str, busy_s: float, rounds: int) -> float:
+    """How long a fetch takes at most for a partition that always has records, while the reader is
+    busy for `busy_s` between any two and its other partitions are quiet."""
+    producer = bus.producer("conformance")
+    reader = bus.reader(dict.fromkeys([(topic, n) for n in range(PARTITIONS)], BEFORE_FIRST))
+    stop = asyncio.Event()
+
+    async def keep_writing() -> None:
+        while not stop.is_set():
+            await producer.send([Outbound(topic, 0, [None], [b"x"])])
+            await asyncio.sleep(0.01)
+
+    writing = asyncio.create_task(keep_writing())
+    await reader.fetch(1000, 5.0)
+    waits = []
+    for _ in range(rounds):
+        await asyncio.sleep(busy_s)
+        began = asyncio.get_running_loop().time()
+        assert await reader.fetch(1000, 5.0)
+        waits.append(asyncio.get_running_loop().time() - began)
+    stop.set()
+    await writing
+    await reader.close()
+    await producer.close()
+    return max(waits)
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize("patient", [True, False])
+async def test_a_busy_partition_does_not_wait_for_quiet_ones(
+    kafka_bootstrap: str, monkeypatch: pytest.MonkeyPatch, *, patient: bool
+) -> None:
+    """The control arm leaves aiokafka its 0.1 s, after which it asks the quiet ones alone."""
+    if not patient:
+        monkeypatch.setattr("causemesh.bus.kafka._TAKEN_S", 0.1)
+    bus, topic = KafkaBus(kafka_bootstrap), f"conformance.{uuid.uuid4().hex}"
+    admin = bus.admin()
+    await admin.ensure([declared(topic)])
+    await admin.close()
+    waited = await longest_wait(bus, topic, 0.15, 12)
+    assert (waited < 0.25) == patient, f"{waited:.3f} s"
+    await bus.close()

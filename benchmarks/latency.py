@@ -1,6 +1,6 @@
 """What a prediction takes over the topics at a fixed rate, hop by hop, beside a bare broker echo.
 
-usage: python -m benchmarks.latency [--rates 20 50 200] [--seconds 20]
+usage: python -m benchmarks.latency [--rates 20 50 200] [--seconds 20] [--warm 40]
 
 Starts the flights mesh with all six services in .causemesh-latency. Requests are sent at their
 scheduled times whether or not earlier ones were answered, and each latency counts from the
@@ -15,7 +15,7 @@ import asyncio
 import itertools
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.produce import topic_named
-from causemesh.bus.base import Outbound, RawBatch
+from causemesh.bus.base import Outbound, RawBatch, TopicPartition
 from causemesh.bus.opening import open_bus
 from causemesh.catalogue import Catalogue
 from causemesh.cli import running
@@ -86,8 +86,9 @@ class Probe:
         named = [name for name in model.FEATURES if name.startswith(_INPUT)]
         inputs = [{"name": name.removeprefix(_INPUT), "value": 12.0} for name in named]
         admin = self.bus.admin()
-        reader = self.bus.reader(await admin.ends(HOPS))
+        begun = await admin.ends(HOPS)
         await admin.close()
+        reader = self.bus.reader({key: at for key, at in begun.items() if key[0] == HOPS[-1]})
         await reader.fetch(1, 0.5)
 
         async def one(number: int, due: float) -> None:
@@ -113,7 +114,18 @@ class Probe:
             await _open_loop(one, follow, rate, seconds)
         finally:
             await reader.close()
+        await self._read_hops(begun, seen)
         return seen
+
+    async def _read_hops(self, begun: Mapping[TopicPartition, int], seen: Seen) -> None:
+        """When each hop wrote the requests, from the log: afterwards, as it costs time too."""
+        reader = self.bus.reader({key: at for key, at in begun.items() if key[0] != HOPS[-1]})
+        try:
+            while any(seen.due.keys() - seen.written[name].keys() for name in HOPS[:-1]):
+                for raw in await reader.fetch(5_000, 1.0):
+                    await self._note(raw, seen)
+        finally:
+            await reader.close()
 
     async def _note(self, raw: RawBatch, seen: Seen) -> None:
         now = time.time() * 1e6
@@ -190,11 +202,11 @@ def report(rate: float, echo: Seen, seen: Seen) -> None:
         print(_line(f"  to {after}", taken))
 
 
-async def measure(mesh: Mesh, rates: list[float], seconds: float) -> None:
+async def measure(mesh: Mesh, rates: list[float], seconds: float, warm_s: float) -> None:
     """Measure and print each rate."""
     probe = Probe(mesh)
     try:
-        await probe.predictions(20, _WARM_S)
+        await probe.predictions(50, warm_s)
         for rate in rates:
             report(rate, await probe.echo(rate, seconds), await probe.predictions(rate, seconds))
     finally:
@@ -206,11 +218,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rates", type=float, nargs="+", default=[20, 50, 200])
     parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--warm", type=float, default=40, help="seconds at 50/s before measuring")
     told = parser.parse_args()
     mesh = running.up(_HOME, PROJECT, lambda name, state: None, partitions=_PARTITIONS)
     try:
         training.register(mesh, 1, model.baseline_onnx())
-        asyncio.run(measure(mesh, told.rates, told.seconds))
+        asyncio.run(measure(mesh, told.rates, told.seconds, told.warm))
     finally:
         running.down(_HOME)
 

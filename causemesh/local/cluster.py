@@ -128,6 +128,10 @@ class Cluster:
             for done in [pool.submit(one.stop) for one in self._servers.values()]:
                 done.result()
 
+    def stop(self, name: str) -> None:
+        """Stop one server in its own orderly way; its data stays."""
+        self._servers[name].stop()
+
     def kill(self, name: str) -> None:
         """End one server at once, as a crash does."""
         process = self._servers[name].process.running()

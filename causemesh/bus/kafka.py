@@ -149,6 +149,7 @@ class KafkaProducer:
         self._name = name
         self._producer: Any = None
         self._opening = asyncio.Lock()
+        self._leaving: set[asyncio.Task[None]] = set()
 
     async def send(self, outbound: Sequence[Outbound]) -> None:
         """See `Producer.send`."""
@@ -160,9 +161,19 @@ class KafkaProducer:
         results = await asyncio.gather(*sends, return_exceptions=True)
         for result in results:
             if isinstance(result, KafkaError):
+                self._give_up(producer)
                 raise Retryable(f"producing failed: {result!r}") from result
             if isinstance(result, BaseException):
                 raise result
+
+    def _give_up(self, producer: Any) -> None:
+        """Begin a new session: the failed batch had sequence numbers that the broker may never have
+        seen, and it would refuse all that follow them."""
+        if self._producer is producer:
+            self._producer = None
+            leaving = asyncio.create_task(producer.stop())
+            self._leaving.add(leaving)
+            leaving.add_done_callback(self._leaving.discard)
 
     @staticmethod
     async def _in_order(producer: Any, to: TopicPartition, parts: Sequence[Outbound]) -> None:
@@ -199,6 +210,7 @@ class KafkaProducer:
 
     async def close(self) -> None:
         """See `Producer.close`."""
+        await asyncio.gather(*self._leaving, return_exceptions=True)
         if self._producer is not None:
             producer, self._producer = self._producer, None
             await producer.stop()

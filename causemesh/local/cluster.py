@@ -115,6 +115,11 @@ class Cluster:
             f"http://{HOST}:{self._ports['pulsar_web']}",
         )
 
+    def triton_addresses(self) -> tuple[str, str]:
+        """Triton's gRPC address and the URL of its metrics."""
+        metrics = f"http://{HOST}:{self._ports['triton_metrics']}"
+        return self.endpoints.triton_url, metrics
+
     def up(self, progress: Progress = lambda server, state: None) -> Endpoints:
         """Start what does not run; returns when all work. Raises Fatal with the end of a log."""
         with ThreadPoolExecutor(len(self._servers)) as pool:

@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -43,6 +43,7 @@ _DAY_US = 86_400_000_000
 _MARKER = "demo"
 _DATA = ("kafka", "pulsar", "registry", "postgres", "triton", "stripe")
 _MOST_RSS_MB = 2_500
+_AWAY_S = 180.0
 _SLICE_H, _DISTURBED_SLICE_H = 6, 1  # what the producer sends at once, hours of event time
 _PARTITIONS = 2  # as many as the cores it is sized for; the results do not depend on it
 
@@ -137,12 +138,10 @@ class Demo:
             await disturbances.pace((sent + 1) / self._story.sent)
             for kind, frame in frames.items():
                 if frame.height:
-                    await (
-                        client.request(frame) if kind == "requests" else client.produce(kind, frame)
-                    )
+                    await self._surely(client.produce, kind, frame)
                     sent += frame.height
             for kind in frames:
-                await client.watermark(kind, until_us)
+                await self._surely(client.watermark, kind, until_us)
             self._sent = sent
             if until_us == _micros(TRAINED_FROM):
                 await self._train(mesh, open_to, outcomes)
@@ -152,8 +151,24 @@ class Demo:
         # past every grace period, label wait and review time-out
         last_us = max(until_us, month_end_us) + 4 * _DAY_US
         for kind in self._story.replay.frames:
-            await client.watermark(kind, last_us)
+            await self._surely(client.watermark, kind, last_us)
         return last_us
+
+    async def _surely(
+        self, send: Callable[[str, Any], Awaitable[Any]], kind: str, what: object
+    ) -> None:
+        """Send, and again while the broker is away; the door drops by its id what was written."""
+        deadline = time.monotonic() + _AWAY_S
+        while True:
+            try:
+                await send(kind, what)
+            except Retryable as error:
+                if time.monotonic() > deadline:
+                    raise
+                self._out.progress("producer", f"sends again: {error}")
+                await asyncio.sleep(error.retry_after)
+            else:
+                return
 
     async def _train(self, mesh: Mesh, open_to: Connections, outcomes: Outcomes) -> None:
         asked = self._story.replay.requests.filter(pl.col("occurred_at") < TRAINED_FROM).height
@@ -194,6 +209,7 @@ class Demo:
         expected = checking.expected_totals(config, story.replay, asked, periods)
         books = await asyncio.to_thread(_read_books, mesh, periods)
         reasons = await _counts(open_to, "ingest.rejects.v1", "reason")
+        repeats = await _repeats(open_to, story)
         dead = await _counts(open_to, "mesh.deadletters.v1", "reason")
         recounts = [books.recounts[period]["equal"] for period in periods]
         line = next(
@@ -205,7 +221,7 @@ class Demo:
         traced = await tracing.trace(self._home, line["line_id"], verify=True)
         checks = [
             checking.every_request_has_one_outcome(story.replay, asked),
-            checking.rejects_are_the_defects(reasons, story.defects),
+            checking.rejects_are_the_defects(reasons, story.defects, repeats),
             checking.invoices_match(books.invoices, expected),
             at_stripe.stripe_holds(books.at_stripe, books.invoices, expected),
             Check("billing's own recount from the log", all(recounts), f"{len(recounts)} months"),
@@ -219,7 +235,11 @@ class Demo:
             "events": story.sent - story.replay.requests.height,
             "requests": story.replay.requests.height,
             "outcomes": dict(asked["outcome"].value_counts().iter_rows()),
-            "rejects": reasons,
+            "rejects": {
+                "duplicate": reasons.get("duplicate", 0) - repeats.duplicates,
+                "missing_tenant": reasons.get("missing_tenant", 0) - repeats.nameless,
+            },
+            "repeats": vars(repeats),
             "auc": checking.aucs(story.replay, asked),
             "training_auc": story.trained and story.trained.auc,
             "latency": story.probe,
@@ -280,6 +300,15 @@ async def _counts(open_to: Connections, topic: str, column: str) -> dict[str, in
         for value in batch.frame[column]:
             found[value] = found.get(value, 0) + 1
     return found
+
+
+async def _repeats(open_to: Connections, story: Story) -> Defects:
+    written = []
+    for kind in story.replay.frames:
+        ends = await open_to.log.ends([f"inbox.{kind}"])
+        ids = [b.frame.select("event_id", "tenant_id") async for b in open_to.log.read(ends)]
+        written.append(pl.concat(ids))
+    return checking.repeats_in(written, story.defects)
 
 
 def _client(open_to: Connections) -> Any:

@@ -144,6 +144,8 @@ class Disturbances:
         if what in self._mesh.services:
             return await striking.kill(on)
         cluster = Cluster(self._mesh.home, servers())
+        if what == "triton" and kind != RESTART:
+            return await striking.strike_triton(on, cluster, self._progress)
         end = cluster.stop if kind == RESTART else cluster.kill
         return await striking.strike_server(on, cluster, end, self._progress)
 

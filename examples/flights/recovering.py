@@ -129,35 +129,52 @@ class Recovery:
             else:
                 return
 
-    async def work(self, *, reclaimed: bool) -> dict[str, Any]:
-        """Seconds from the beginning to the first new commit, and to one of every partition.
+    async def work(self, *, reclaimed: bool) -> dict[str, float | None]:
+        """Seconds from the beginning to the first claim, the first new commit, and a new commit of
+        every partition.
 
-        The latter is None when some partition got nothing to do for long. Raises Fatal when there
-        was no new commit at all.
+        None for a claim that nobody had to make, and for the last when some partition got nothing
+        to do for long. Raises Fatal when there was no new commit at all.
         """
-        first_s: float | None = None
+        times: dict[str, float | None] = dict.fromkeys(("claimed_s", "work_s", "all_s"))
         seen: set[Key] = set()
-        while not first_s or self.passed() - first_s < _ALL_S:
-            if first_s is None and self.passed() > _FIRST_S:
-                raise Fatal(f"{self._service} committed nothing new in {_FIRST_S:.0f} s")
-            try:
-                now = await self._commits.stands(self._service)
-            except Retryable:
-                now = {}
+        while times["all_s"] is None and self._may_wait(times["work_s"]):
+            now = await self._now()
             seen |= moved(self._before, now, reclaimed=reclaimed)
-            if seen and first_s is None:
-                first_s = self.passed()
-            if seen and seen >= now.keys() and seen >= self._before.keys():
-                return {"work_s": round(first_s or 0.0, 2), "all_s": round(self.passed(), 2)}
+            happened = {
+                "claimed_s": any(
+                    key in now and now[key].epoch > stand.epoch
+                    for key, stand in self._before.items()
+                ),
+                "work_s": bool(seen),
+                "all_s": bool(now) and seen >= now.keys() | self._before.keys(),
+            }
+            for name, is_so in happened.items():
+                if is_so and times[name] is None:
+                    times[name] = round(self.passed(), 2)
             await asyncio.sleep(_POLL_S)
-        return {"work_s": round(first_s, 2), "all_s": None}
+        return times
+
+    def _may_wait(self, first_s: float | None) -> bool:
+        if first_s is not None:
+            return self.passed() - first_s < _ALL_S
+        if self.passed() > _FIRST_S:
+            raise Fatal(f"{self._service} committed nothing new in {_FIRST_S:.0f} s")
+        return True
+
+    async def _now(self) -> Stands:
+        """Nothing while the database is away."""
+        try:
+            return await self._commits.stands(self._service)
+        except Retryable:
+            return {}
 
     async def reclaimed(self) -> float:
         """Seconds until every partition was claimed anew: the broker gave them away. Raises
         Fatal."""
         while True:
-            now = await self._commits.stands(self._service)
-            if all(now[key].epoch > stand.epoch for key, stand in self._before.items()):
+            now = await self._now()
+            if now and all(now[key].epoch > one.epoch for key, one in self._before.items()):
                 return round(self.passed(), 2)
             if self.passed() > _FIRST_S:
                 raise Fatal(f"nobody took {self._service}'s partitions in {_FIRST_S:.0f} s")

@@ -16,18 +16,15 @@ from causemesh.errors import Fatal
 from causemesh.local import Cluster
 from causemesh.local.mesh import Mesh
 from causemesh.local.process import ServerProcess
+from examples.flights.midcall import ModelCalls
 from examples.flights.recovering import Commits, Recovery
 
 _PAUSED_S = 10.0  # longer than the session timeout: the group gives its partitions to others
 _READY_S = 60.0
 _SETTLE_S = 0.5
-_HELD_S = 15.0
 _POLL_S = 0.02
-_STUB = "triton_python_backend_stub"
-_DEPENDS = {"kafka": "inference", "pulsar": "inference", "postgres": "inference"} | {
-    "triton": "inference"
-}
-"""The service by whose work a server's return is measured: what is predicted went through all."""
+_ALL_WAIT_FOR = {"kafka", "pulsar", "postgres"}
+"""Servers without which no service works: their return is measured by what inference commits."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ async def pause(on: Target) -> dict[str, Any]:
         process.resume()
     resumed = Recovery(on.commits, on.name)
     await resumed.since_now()
-    return {"paused_s": _PAUSED_S, **await resumed.work(reclaimed=False)}
+    return {"paused_s": _PAUSED_S, **await resumed.work(reclaimed=True)}
 
 
 async def take_over(on: Target) -> dict[str, Any]:
@@ -84,7 +81,7 @@ async def take_over(on: Target) -> dict[str, Any]:
     began, read = time.monotonic(), log.stat().st_size
     try:
         standby.start([sys.executable, "-m", f"services.{on.name}.app"])
-        found = {"taken_over_s": await lost.reclaimed()}
+        found: dict[str, Any] = {"taken_over_s": await lost.reclaimed()}
         found |= await lost.work(reclaimed=True)
         await asyncio.sleep(max(0.0, _PAUSED_S - (time.monotonic() - began)))
     finally:
@@ -106,52 +103,48 @@ async def strike_server(
     progress: Callable[[str, str], None],
 ) -> dict[str, Any]:
     """End a server by `end` and start it again; its dependants must get on by themselves."""
-    service = _DEPENDS.get(on.name)
-    log = on.mesh.process("inference").log
-    if on.name == "triton":
-        await _hold_calls(on, cluster)
-    read = log.stat().st_size
-    recovery = Recovery(on.commits, service or "inference")
+    recovery = Recovery(on.commits, "inference")
     await asyncio.to_thread(end, on.name)
     starting = asyncio.create_task(asyncio.to_thread(cluster.up, progress))
     # What was done before it was gone is committed by now; nothing new can be.
     await asyncio.sleep(_SETTLE_S)
-    if service is not None:
+    if on.name in _ALL_WAIT_FOR:
         await recovery.since_now()
     await starting
-    found: dict[str, Any] = {"started_s": recovery.passed()}
-    if service is not None:
+    found: dict[str, Any] = {"started_s": round(recovery.passed(), 2)}
+    if on.name in _ALL_WAIT_FOR:
         found |= await recovery.work(reclaimed=False)
-    if on.name == "triton":
-        found["in_flight"] = _calls_cut_off(_since(log, read))
     return found
 
 
-async def _hold_calls(on: Target, cluster: Cluster) -> None:
-    """Stop Triton's model processes, so that calls are under way in it when it is ended."""
-    triton = ServerProcess("triton", on.mesh.home).running()
-    stubs = [
-        one
-        for one in (triton.children(recursive=True) if triton is not None else [])
-        if _STUB.startswith(one.name())  # the system cuts names off
-    ]
-    if not stubs:
-        raise Fatal("Triton runs no model, so no call can be under way in it")
-    for one in stubs:
-        one.suspend()
-    still, since = await on.commits.stands("inference"), time.monotonic()
-    deadline = since + _HELD_S
-    while time.monotonic() - since < 2 * _SETTLE_S:
+async def strike_triton(
+    on: Target, cluster: Cluster, progress: Callable[[str, str], None]
+) -> dict[str, Any]:
+    """End Triton while it has calls under way, and start it again."""
+    process = ServerProcess("triton", on.mesh.home).running()
+    if process is None:
+        raise Fatal("triton does not run, so it can't be disturbed")
+    calls = ModelCalls(*cluster.triton_addresses())
+    log = on.mesh.process("inference").log
+    with calls.held(process) as waiting:
+        read, began = log.stat().st_size, time.monotonic()
+        cluster.kill("triton")
+    await asyncio.to_thread(cluster.up, progress)
+    started_s = time.monotonic() - began
+    while not await asyncio.to_thread(calls.done):
+        if time.monotonic() - began > _READY_S:
+            raise Fatal(f"no call was answered in {_READY_S:.0f} s")
         await asyncio.sleep(_POLL_S)
-        now = await on.commits.stands("inference")
-        if now != still:
-            still, since = now, time.monotonic()
-        if time.monotonic() > deadline:
-            raise Fatal("inference goes on without Triton's models")
+    return {
+        "started_s": round(started_s, 2),
+        "work_s": round(time.monotonic() - began, 2),
+        "in_flight": waiting,
+        "cut_off": _calls_cut_off(_since(log, read)),
+    }
 
 
 def _calls_cut_off(log: str) -> int:
-    """How many calls had been taken by the server that ended, rather than found none."""
+    """How many times inference lost a call to the server that ended, rather than found none."""
     return sum(
         "Triton is away" in line and "failed to connect" not in line for line in log.splitlines()
     )

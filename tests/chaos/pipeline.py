@@ -96,6 +96,11 @@ class Plan:
         return Catalogue(topics, {}, {WATERMARK: core.controls[WATERMARK]})
 
 
+def session_name(pid: int) -> str:
+    """What the database sessions of a pipeline's process are called."""
+    return f"chaos-{pid}"
+
+
 class _Plain:
     takes_bad_rows = False
     stateful = False
@@ -185,7 +190,8 @@ async def run(plan: Plan) -> None:
     """All three stages and the drain, until the process ends."""
     catalogue, clock = plan.catalogue(), SystemClock()
     bus, registry = KafkaBus(plan.kafka, session_timeout_ms=3_000), HttpRegistry(plan.registry)
-    engine = create_async_engine(plan.database)
+    told = {"application_name": session_name(os.getpid())}
+    engine = create_async_engine(plan.database, connect_args={"server_settings": told})
     encoders, producer = RegistryEncoders(registry), bus.producer("chaos")
 
     def runner(name: str, reads: str, processor: Processor, writes: tuple[str, ...] = ()) -> Runner:

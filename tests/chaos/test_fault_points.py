@@ -25,7 +25,7 @@ from causemesh.bus.kafka import KafkaBus
 from causemesh.codec.encode import RegistryEncoders
 from causemesh.codec.registry import HttpRegistry
 from causemesh.faultpoints import Point
-from tests.chaos.pipeline import PARTITIONS, Plan
+from tests.chaos.pipeline import PARTITIONS, Plan, session_name
 
 pytestmark = pytest.mark.servers
 COUNT = 120
@@ -154,14 +154,15 @@ async def test_control_without_marks_the_same_kill_doubles(
     assert set(found["audits"]) == set(IDS)
 
 
-async def _lock_waits(database: AsyncEngine) -> bool:
-    """Whether somebody waits for rows that an open transaction holds."""
+async def _waits_for_rows(database: AsyncEngine, pid: int) -> bool:
+    """Whether both of its sink's workers wait for rows that another's open transaction holds."""
     waits = sa.text(
-        "SELECT count(*) FROM pg_stat_activity"
-        " WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+        " AND application_name = :name AND wait_event_type = 'Lock'"
     )
     async with database.connect() as connection:
-        return bool((await connection.execute(waits)).scalar_one())
+        found = await connection.execute(waits, {"name": session_name(pid)})
+        return int(found.scalar_one()) == PARTITIONS
 
 
 async def replaced_while_paused(plan: Plan, database: AsyncEngine, tmp_path: Path) -> str:
@@ -173,12 +174,13 @@ async def replaced_while_paused(plan: Plan, database: AsyncEngine, tmp_path: Pat
         async with asyncio.timeout(60):
             while state.status() != psutil.STATUS_STOPPED:  # noqa: ASYNC110 - polls a process
                 await asyncio.sleep(0.05)
-        async with process(plan, tmp_path / "next.log"):
+        async with process(plan, tmp_path / "next.log") as following:
             async with asyncio.timeout(60):
-                while not await _lock_waits(database):  # noqa: ASYNC110 - polls a database
+                while not await _waits_for_rows(database, following.pid):  # noqa: ASYNC110 - polls
                     await asyncio.sleep(0.05)
             paused.send_signal(signal.SIGCONT)
             await everything(database)
+            await asyncio.sleep(1.0)  # for what the first still has to say
     return log.read_text()
 
 

@@ -11,8 +11,8 @@ Producing is in `kafka_producer`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -235,8 +235,9 @@ class KafkaAdmin:
     async def ensure(self, topics: Sequence[Topic]) -> list[str]:
         """See `Admin.ensure`."""
         client = await self._opened()
-        existing = set(await client.list_topics())
-        described = await client.describe_topics([t.name for t in topics if t.name in existing])
+        with _retryable("asking for topics"):
+            existing = set(await client.list_topics())
+            described = await client.describe_topics([t.name for t in topics if t.name in existing])
         counts = {entry["topic"]: len(entry["partitions"]) for entry in described}
         missing = [topic for topic in topics if topic.name not in existing]
         for topic in topics:
@@ -258,7 +259,8 @@ class KafkaAdmin:
             )
             for topic in missing
         ]
-        answer = await client.create_topics(wanted)
+        with _retryable("creating topics"):
+            answer = await client.create_topics(wanted)
         errors = {
             entry[0]: entry[1:]
             for entry in answer.topic_errors
@@ -271,7 +273,8 @@ class KafkaAdmin:
     async def ends(self, topics: Sequence[str]) -> dict[TopicPartition, int]:
         """See `Admin.ends`. Raises Retryable for a topic that has no partitions (yet)."""
         client = await self._opened()
-        described = await client.describe_topics(list(topics))
+        with _retryable("asking for topics"):
+            described = await client.describe_topics(list(topics))
         missing = [entry["topic"] for entry in described if not entry["partitions"]]
         if missing:
             raise Retryable(f"Kafka does not know {', '.join(sorted(missing))} (yet)")
@@ -283,7 +286,8 @@ class KafkaAdmin:
         consumer = AIOKafkaConsumer(bootstrap_servers=self._bootstrap, group_id=None)
         await started(consumer)
         try:
-            ends = await consumer.end_offsets(partitions)
+            with _retryable("asking for the ends of topics"):
+                ends = await consumer.end_offsets(partitions)
         finally:
             await consumer.stop()
         return {(key.topic, key.partition): offset - 1 for key, offset in ends.items()}
@@ -291,7 +295,8 @@ class KafkaAdmin:
     async def reported(self, group: str) -> dict[TopicPartition, int]:
         """See `Admin.reported`."""
         client = await self._opened()
-        offsets = await client.list_consumer_group_offsets(group)
+        with _retryable("asking for offsets"):
+            offsets = await client.list_consumer_group_offsets(group)
         return {(key.topic, key.partition): at.offset - 1 for key, at in offsets.items()}
 
     async def _opened(self) -> Any:
@@ -306,3 +311,12 @@ class KafkaAdmin:
         if self._client is not None:
             client, self._client = self._client, None
             await client.close()
+
+
+@contextmanager
+def _retryable(doing: str) -> Iterator[None]:
+    """An error of the client as one to wait for: an answer's own errors are read by the caller."""
+    try:
+        yield
+    except KafkaError as error:
+        raise Retryable(f"{doing}: Kafka is away: {error!r}", retry_after=1.0) from error

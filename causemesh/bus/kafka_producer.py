@@ -32,30 +32,36 @@ class KafkaProducer:
     def __init__(self, bootstrap: str, name: str) -> None:
         self._bootstrap = bootstrap
         self._name = name
-        self._producer: Any = None
+        self._session: _Session | None = None
         self._opening = asyncio.Lock()
-        self._queues: dict[TopicPartition, PartitionQueue] = {}
+        self._leaving: set[asyncio.Task[None]] = set()
 
     async def send(self, outbound: Sequence[Outbound]) -> None:
         """See `Producer.send`."""
-        producer = await self._opened()
+        session = await self._opened()
         by_partition: dict[TopicPartition, list[Outbound]] = {}
         for part in outbound:
             by_partition.setdefault((part.topic, part.partition), []).append(part)
-        sends = []
-        for key, parts in by_partition.items():
-            if key not in self._queues:
-                self._queues[key] = PartitionQueue(producer, key)
-            sends.append(self._queues[key].put(parts))
+        sends = [session.queue(key).put(parts) for key, parts in by_partition.items()]
         for result in await asyncio.gather(*sends, return_exceptions=True):
             if isinstance(result, KafkaError):
+                self._give_up(session)
                 raise Retryable(f"producing failed: {result!r}") from result
             if isinstance(result, BaseException):
                 raise result
 
-    async def _opened(self) -> Any:
+    def _give_up(self, session: _Session) -> None:
+        """Begin a new session: the failed batch had sequence numbers that the broker may never have
+        seen, and it would refuse all that follow them."""
+        if self._session is session:
+            self._session = None
+            leaving = asyncio.create_task(session.close())
+            self._leaving.add(leaving)
+            leaving.add_done_callback(self._leaving.discard)
+
+    async def _opened(self) -> _Session:
         async with self._opening:
-            if self._producer is None:
+            if self._session is None:
                 producer = AIOKafkaProducer(
                     bootstrap_servers=self._bootstrap,
                     client_id=self._name,
@@ -66,17 +72,34 @@ class KafkaProducer:
                     request_timeout_ms=_REQUEST_TIMEOUT_MS,
                 )
                 await started(producer)
-                self._producer = producer
-        return self._producer
+                self._session = _Session(producer)
+        return self._session
 
     async def close(self) -> None:
         """See `Producer.close`."""
-        if self._producer is not None:
-            producer, self._producer = self._producer, None
-            await producer.stop()  # what still waits in a queue fails by it
-            queues, self._queues = self._queues, {}
-            for queue in queues.values():
-                await queue.ended()
+        await asyncio.gather(*self._leaving, return_exceptions=True)
+        if self._session is not None:
+            session, self._session = self._session, None
+            await session.close()
+
+
+class _Session:
+    """One idempotent producer and what waits for its partitions."""
+
+    def __init__(self, producer: Any) -> None:
+        self._producer = producer
+        self._queues: dict[TopicPartition, PartitionQueue] = {}
+
+    def queue(self, to: TopicPartition) -> PartitionQueue:
+        if to not in self._queues:
+            self._queues[to] = PartitionQueue(self._producer, to)
+        return self._queues[to]
+
+    async def close(self) -> None:
+        """Stop; what still waits in a queue fails by it."""
+        await self._producer.stop()
+        for queue in self._queues.values():
+            await queue.ended()
 
 
 @dataclass

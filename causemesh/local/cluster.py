@@ -115,6 +115,11 @@ class Cluster:
             f"http://{HOST}:{self._ports['pulsar_web']}",
         )
 
+    def triton_addresses(self) -> tuple[str, str]:
+        """Triton's gRPC address and the URL of its metrics."""
+        metrics = f"http://{HOST}:{self._ports['triton_metrics']}"
+        return self.endpoints.triton_url, metrics
+
     def up(self, progress: Progress = lambda server, state: None) -> Endpoints:
         """Start what does not run; returns when all work. Raises Fatal with the end of a log."""
         with ThreadPoolExecutor(len(self._servers)) as pool:
@@ -127,6 +132,10 @@ class Cluster:
         with ThreadPoolExecutor(len(self._servers)) as pool:
             for done in [pool.submit(one.stop) for one in self._servers.values()]:
                 done.result()
+
+    def stop(self, name: str) -> None:
+        """Stop one server in its own orderly way; its data stays."""
+        self._servers[name].stop()
 
     def kill(self, name: str) -> None:
         """End one server at once, as a crash does."""

@@ -39,11 +39,25 @@ def every_request_has_one_outcome(replay: Replay, outcomes: pl.DataFrame) -> Che
     return Check("one outcome a request", missing == double == failed == 0, detail)
 
 
-def rejects_are_the_defects(reasons: Mapping[str, int], defects: Defects) -> Check:
-    """The door refused what was spoiled, and nothing else."""
-    expected = {"duplicate": defects.duplicates, "missing_tenant": defects.nameless}
+def rejects_are_the_defects(
+    reasons: Mapping[str, int], defects: Defects, repeats: Defects
+) -> Check:
+    """The door refused what was spoiled and what the producer had to send again, nothing else."""
+    expected = {
+        "duplicate": defects.duplicates + repeats.duplicates,
+        "missing_tenant": defects.nameless + repeats.nameless,
+    }
     expected = {reason: count for reason, count in expected.items() if count}
     return Check("rejects", dict(reasons) == expected, f"{dict(reasons)}, expected {expected}")
+
+
+def repeats_in(written: Sequence[pl.DataFrame], defects: Defects) -> Defects:
+    """What the log of each inbox topic holds more than the producer meant to write: a producer
+    whose send failed sends all of it again."""
+    named = [frame.filter(pl.col("tenant_id") != "") for frame in written]
+    twice = sum(frame.height - frame["event_id"].n_unique() for frame in named)
+    nameless = sum(frame.height for frame in written) - sum(frame.height for frame in named)
+    return Defects(twice - defects.duplicates, nameless - defects.nameless)
 
 
 def aucs(replay: Replay, outcomes: pl.DataFrame) -> list[dict[str, Any]]:

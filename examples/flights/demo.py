@@ -2,8 +2,8 @@
 
 Settings: DEMO_MONTHS (default 3), DEMO_DAYS (only the first days of the first month), DEMO_EXIT=1
 (stop at the end also at a terminal), DEMO_KILL (by comma: services and servers that are ended by
-kill -9 on the way, and what else `disturbing` knows), DEMO_PARTITIONS (of each topic, default 2),
-CAUSEMESH_HOME (default .causemesh).
+kill -9 on the way, and what else `disturbing` knows), DEMO_SEED (of the moments of that),
+DEMO_PARTITIONS (of each topic, default 2), CAUSEMESH_HOME (default .causemesh).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -30,7 +30,7 @@ from causemesh.cli.output import Output
 from causemesh.client import Client, connect
 from causemesh.errors import Fatal, Misdeclared, Retryable
 from causemesh.local.mesh import Mesh
-from examples.flights import checking, model, probing, training
+from examples.flights import at_stripe, checking, model, probing, training
 from examples.flights.checking import Check
 from examples.flights.dataset import Defects, Replay, load, slices, with_defects
 from examples.flights.disturbing import Disturbances
@@ -43,6 +43,8 @@ _DAY_US = 86_400_000_000
 _MARKER = "demo"
 _DATA = ("kafka", "pulsar", "registry", "postgres", "triton", "stripe")
 _MOST_RSS_MB = 2_500
+_AWAY_S = 180.0
+_SLICE_H, _DISTURBED_SLICE_H = 6, 1  # what the producer sends at once, hours of event time
 _PARTITIONS = 2  # as many as the cores it is sized for; the results do not depend on it
 
 
@@ -53,6 +55,7 @@ class Story:
     replay: Replay
     defects: Defects
     kill: list[str]
+    seed: int | None
     trained: model.Trained | None = None
     probe: dict[str, float] = field(default_factory=dict)
     peak_rss_mb: float = 0.0
@@ -69,7 +72,14 @@ class Demo:
     """One run, from empty data to the summary."""
 
     def __init__(
-        self, home: Path, months: int, days: int | None, kill: Sequence[str], out: Output
+        self,
+        home: Path,
+        months: int,
+        days: int | None,
+        kill: Sequence[str],
+        *,
+        out: Output,
+        seed: int | None = None,
     ) -> None:
         self._home = home
         self._months = months
@@ -77,7 +87,7 @@ class Demo:
         replay = load(months, days)
         departed, defects = with_defects(replay.departed)
         spoiled = Replay(departed, replay.landed, replay.weather, replay.requests)
-        self._story = Story(spoiled, defects, list(kill))
+        self._story = Story(spoiled, defects, list(kill), seed)
 
     async def run(self, mesh: Mesh) -> dict[str, Any]:
         """Replay, wait, check; returns the summary."""
@@ -87,21 +97,20 @@ class Demo:
         training.roll_out(mesh, [(1, training.BEGINNING)])
         async with connections(self._home) as open_to, _client(open_to) as client:
             outcomes = Outcomes(open_to)
-            disturbances = Disturbances(story.kill, mesh, self._out.progress)
-            following = asyncio.create_task(self._follow(mesh, outcomes, disturbances, began))
+            disturbances = Disturbances(story.kill, mesh, self._out.progress, story.seed)
+            following = asyncio.create_task(self._follow(mesh, outcomes, began))
             try:
-                await disturbances.prepare()
-                end_us = await self._replay(mesh, open_to, client, outcomes)
+                await disturbances.begin()
+                end_us = await self._replay(mesh, open_to, client, outcomes, disturbances)
                 waiting = Waiting(mesh, self._out.progress)
                 await waiting.outcomes(outcomes, story.replay.requests.height)
-                await disturbances.rest()
                 periods = _months_before(end_us)
                 last_day = story.replay.requests["occurred_at"].dt.strftime("%Y-%m-%d").max()
                 await waiting.settled(periods, str(last_day))
-                story.recoveries = disturbances.finish()
+                story.recoveries = await disturbances.finish()
             finally:
                 following.cancel()
-                disturbances.release()
+                await disturbances.release()
                 with suppress(asyncio.CancelledError):
                     await following
             story.seconds["replay"] = time.monotonic() - began
@@ -111,7 +120,12 @@ class Demo:
             return await self._summary(mesh, open_to, outcomes, periods)
 
     async def _replay(
-        self, mesh: Mesh, open_to: Connections, client: Client, outcomes: Outcomes
+        self,
+        mesh: Mesh,
+        open_to: Connections,
+        client: Client,
+        outcomes: Outcomes,
+        disturbances: Disturbances,
     ) -> int:
         """Send everything in event time; returns the last watermark (microseconds).
 
@@ -119,15 +133,15 @@ class Demo:
         is predicted, so that the version is trained on all of that and known when it is needed.
         """
         sent, until_us = 0, 0
-        for until_us, frames in slices(self._story.replay):
+        hours = _DISTURBED_SLICE_H if self._story.kill else _SLICE_H
+        for until_us, frames in slices(self._story.replay, hours):
+            await disturbances.pace((sent + 1) / self._story.sent)
             for kind, frame in frames.items():
                 if frame.height:
-                    await (
-                        client.request(frame) if kind == "requests" else client.produce(kind, frame)
-                    )
+                    await self._surely(client.produce, kind, frame)
                     sent += frame.height
             for kind in frames:
-                await client.watermark(kind, until_us)
+                await self._surely(client.watermark, kind, until_us)
             self._sent = sent
             if until_us == _micros(TRAINED_FROM):
                 await self._train(mesh, open_to, outcomes)
@@ -137,8 +151,24 @@ class Demo:
         # past every grace period, label wait and review time-out
         last_us = max(until_us, month_end_us) + 4 * _DAY_US
         for kind in self._story.replay.frames:
-            await client.watermark(kind, last_us)
+            await self._surely(client.watermark, kind, last_us)
         return last_us
+
+    async def _surely(
+        self, send: Callable[[str, Any], Awaitable[Any]], kind: str, what: object
+    ) -> None:
+        """Send, and again while the broker is away; the door drops by its id what was written."""
+        deadline = time.monotonic() + _AWAY_S
+        while True:
+            try:
+                await send(kind, what)
+            except Retryable as error:
+                if time.monotonic() > deadline:
+                    raise
+                self._out.progress("producer", f"sends again: {error}")
+                await asyncio.sleep(error.retry_after)
+            else:
+                return
 
     async def _train(self, mesh: Mesh, open_to: Connections, outcomes: Outcomes) -> None:
         asked = self._story.replay.requests.filter(pl.col("occurred_at") < TRAINED_FROM).height
@@ -155,18 +185,15 @@ class Demo:
         self._story.seconds["training"] = time.monotonic() - began
         self._out.progress("training", f"AUC {trained.auc:.3f} on its last quarter; rolled out")
 
-    async def _follow(
-        self, mesh: Mesh, outcomes: Outcomes, disturbances: Disturbances, began: float
-    ) -> None:
-        """Show progress, watch memory, and disturb what is to be disturbed on the way."""
-        self._sent, requests = 0, self._story.replay.requests.height
+    async def _follow(self, mesh: Mesh, outcomes: Outcomes, began: float) -> None:
+        """Show progress and watch memory."""
+        self._sent = 0
         shown = 0.0
         while True:
             with suppress(Retryable):  # the broker is away: the next round reads on
                 await outcomes.catch_up()
             rss = sum(one.rss_bytes for one in mesh.status()) / 1e6
             self._story.peak_rss_mb = max(self._story.peak_rss_mb, rss)
-            await disturbances.at(outcomes.count / requests)
             if time.monotonic() - shown >= 3.0:
                 shown = time.monotonic()
                 done = f"{self._sent:,}/{self._story.sent:,} sent, {outcomes.count:,} outcomes"
@@ -182,6 +209,7 @@ class Demo:
         expected = checking.expected_totals(config, story.replay, asked, periods)
         books = await asyncio.to_thread(_read_books, mesh, periods)
         reasons = await _counts(open_to, "ingest.rejects.v1", "reason")
+        repeats = await _repeats(open_to, story)
         dead = await _counts(open_to, "mesh.deadletters.v1", "reason")
         recounts = [books.recounts[period]["equal"] for period in periods]
         line = next(
@@ -193,8 +221,9 @@ class Demo:
         traced = await tracing.trace(self._home, line["line_id"], verify=True)
         checks = [
             checking.every_request_has_one_outcome(story.replay, asked),
-            checking.rejects_are_the_defects(reasons, story.defects),
+            checking.rejects_are_the_defects(reasons, story.defects, repeats),
             checking.invoices_match(books.invoices, expected),
+            at_stripe.stripe_holds(books.at_stripe, books.invoices, expected),
             Check("billing's own recount from the log", all(recounts), f"{len(recounts)} months"),
             Check("trace of a line", bool(traced.equal), f"{line['line_id']} recomputed"),
             Check("dead letters", not dead, f"{dead or 'none'}"),
@@ -206,7 +235,11 @@ class Demo:
             "events": story.sent - story.replay.requests.height,
             "requests": story.replay.requests.height,
             "outcomes": dict(asked["outcome"].value_counts().iter_rows()),
-            "rejects": reasons,
+            "rejects": {
+                "duplicate": reasons.get("duplicate", 0) - repeats.duplicates,
+                "missing_tenant": reasons.get("missing_tenant", 0) - repeats.nameless,
+            },
+            "repeats": vars(repeats),
             "auc": checking.aucs(story.replay, asked),
             "training_auc": story.trained and story.trained.auc,
             "latency": story.probe,
@@ -231,13 +264,14 @@ class Demo:
 @dataclass
 class _Books:
     invoices: list[dict[str, Any]]
+    at_stripe: list[dict[str, Any]]
     recounts: dict[str, dict[str, Any]]
     alerts: dict[str, int]
     reviews: dict[str, int]
 
 
 def _read_books(mesh: Mesh, periods: Sequence[str]) -> _Books:
-    """What billing, drift and agents say over their APIs."""
+    """What billing, Stripe, drift and agents say over their APIs."""
     with mesh.client("billing") as api:
         heads = list(probing.pages(api, "/v1/invoices"))
         invoices = [api.get(f"/v1/invoices/{one['invoice_id']}").json() for one in heads]
@@ -245,6 +279,9 @@ def _read_books(mesh: Mesh, periods: Sequence[str]) -> _Books:
             period: api.post("/v1/recount", params={"period": period}, timeout=300.0).json()
             for period in periods
         }
+    stripe_url = mesh.environment().get("CAUSEMESH_STRIPE_URL", at_stripe.STRIPE)
+    key = os.environ.get("CAUSEMESH_STRIPE_KEY", at_stripe.STAND_IN_KEY)
+    held = at_stripe.held_by(stripe_url, key)
     alerts: dict[str, int] = {}
     with mesh.client("drift") as api:
         for one in probing.pages(api, "/v1/alerts"):
@@ -254,7 +291,7 @@ def _read_books(mesh: Mesh, periods: Sequence[str]) -> _Books:
         for one in probing.pages(api, "/v1/reviews"):
             if one["tenant_id"] != probing.TENANT:
                 reviews[one["status"]] = reviews.get(one["status"], 0) + 1
-    return _Books(invoices, recounts, alerts, reviews)
+    return _Books(invoices, held, recounts, alerts, reviews)
 
 
 async def _counts(open_to: Connections, topic: str, column: str) -> dict[str, int]:
@@ -263,6 +300,15 @@ async def _counts(open_to: Connections, topic: str, column: str) -> dict[str, in
         for value in batch.frame[column]:
             found[value] = found.get(value, 0) + 1
     return found
+
+
+async def _repeats(open_to: Connections, story: Story) -> Defects:
+    written = []
+    for kind in story.replay.frames:
+        ends = await open_to.log.ends([f"inbox.{kind}"])
+        ids = [b.frame.select("event_id", "tenant_id") async for b in open_to.log.read(ends)]
+        written.append(pl.concat(ids))
+    return checking.repeats_in(written, story.defects)
 
 
 def _client(open_to: Connections) -> Any:
@@ -329,7 +375,9 @@ def main() -> int:
     partitions = int(os.environ.get("DEMO_PARTITIONS", _PARTITIONS))
     began = time.monotonic()
     fresh_home(home)
-    demo = Demo(home, months, int(days) if days else None, kill, out)
+    seed = os.environ.get("DEMO_SEED")
+    first = int(days) if days else None
+    demo = Demo(home, months, first, kill, out=out, seed=int(seed) if seed else None)
     try:
         mesh = running.up(home, PROJECT, out.progress, partitions=partitions)
         out.progress("ready", f"after {time.monotonic() - began:.0f} s")

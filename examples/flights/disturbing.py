@@ -3,52 +3,64 @@
 from __future__ import annotations
 
 import asyncio
-import sys
+import math
+import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import httpx
-import psutil
 
 from causemesh.cli.running import servers
 from causemesh.errors import Fatal, Misdeclared
 from causemesh.faultpoints import Point
 from causemesh.local import Cluster
 from causemesh.local.mesh import Mesh
-from causemesh.local.process import ServerProcess
 from causemesh.local.servers import StripeStandIn
+from examples.flights import striking
+from examples.flights.recovering import Commits
+from examples.flights.walking import FAULT, FaultWalk
 
-PAUSE, RESTART, FAULT, STRIPE = "pause:", "restart:", "fault:", "stripe:"
+PAUSE, TAKEOVER, RESTART, STRIPE = "pause:", "takeover:", "restart:", "stripe:"
 STRIPE_FAULTS: dict[str, dict[str, Any]] = {
     "timeout": {"next": "timeout_after_commit", "count": 3, "method": "POST"},
     "500": {"next": 500, "count": 3, "when": "before", "method": "POST"},
     "500-after": {"next": 500, "count": 3, "when": "after", "method": "POST"},
+    "409": {"next": "timeout_while_running", "count": 3, "delay_ms": 5_000, "method": "POST"},
     "429": {"next": 429, "count": 3},
 }
-_PAUSED_S = 10.0  # longer than the session timeout: the group gives its partitions to others
-_READY_S = 60.0
+_WALK_S = 60.0
+_MOST = 0.9  # of a disturbance's part of the replay is sent while it lasts
 _POLL_S = 0.05
 
 
 class Disturbances:
-    """One after the other, spread over the replay.
+    """One after the other, at random moments of the replay.
 
     A name is a service or a server, which is ended at once (services are started again by their
     supervisor, servers here); `pause:<service>`, which stops for ten seconds without noticing;
+    `takeover:<service>`, the same while a second process of it takes its partitions over;
     `restart:<server>`, an orderly one; `fault:<point>`, a service that ends itself at that step
     (one service at a time waits for its points, in the order given); or `stripe:<fault>`, what the
     stand-in for Stripe does to the next calls.
+
+    The producer asks `pace` before it sends, so that there is work during all of them.
     """
 
-    def __init__(self, names: Sequence[str], mesh: Mesh, progress: Callable[[str, str], None]):
+    def __init__(
+        self,
+        names: Sequence[str],
+        mesh: Mesh,
+        progress: Callable[[str, str], None],
+        seed: int | None = None,
+    ):
         known = known_disturbances(mesh.services)
         unknown = sorted(set(names) - known)
         if unknown:
             raise Misdeclared(f"DEMO_KILL: {unknown} is none of {', '.join(sorted(known))}")
         self._mesh = mesh
         self._progress = progress
+        self._random = random.Random(seed)
         self._faults = [name.removeprefix(STRIPE) for name in names if name.startswith(STRIPE)]
         points = [Point(name.removeprefix(FAULT)) for name in names if name.startswith(FAULT)]
         self._walk = FaultWalk(points, mesh, progress)
@@ -56,149 +68,102 @@ class Disturbances:
         if points and self._left:
             raise Misdeclared("DEMO_KILL: fault points go alone, or with stripe faults")
         self._total = len(self._left)
-        self._one_at_a_time = asyncio.Lock()
-        self._recoveries: list[dict[str, Any]] = []
+        self._commits = Commits(mesh)
+        self._began = self._since = time.monotonic()
+        self._slowness_s = 1.0
+        self._task: asyncio.Task[None] | None = None
+        self._records: list[dict[str, Any]] = []
 
-    async def prepare(self) -> None:
-        """Order Stripe's faults and arm the first fault points."""
-        async with self._one_at_a_time:
-            if self._faults:
-                await asyncio.to_thread(self._order_stripe_faults)
-            await asyncio.to_thread(self._walk.begin)
+    async def begin(self) -> None:
+        """Order Stripe's faults, arm the first fault points, and go on by itself from here."""
+        if self._faults:
+            await asyncio.to_thread(self._order_stripe_faults)
+        await asyncio.to_thread(self._walk.begin)
+        self._began = time.monotonic()
+        self._task = asyncio.create_task(self._run())
 
-    async def at(self, share: float) -> None:
-        """Do what is due when `share` (0 to 1) of the outcomes is there."""
-        async with self._one_at_a_time:
-            await asyncio.to_thread(self._walk.step)
-            done = self._total - len(self._left)
-            if self._left and share >= (done + 1) / (self._total + 1):
-                await self._disturb(self._left.pop(0))
+    async def pace(self, share: float) -> None:
+        """Wait until `share` (0 to 1) of the replay may be sent.
 
-    async def rest(self) -> None:
-        """Do what is left: the last outcomes may all have come at once."""
-        async with self._one_at_a_time:
-            while self._left:
-                await self._disturb(self._left.pop(0))
+        Each disturbance has an equal part of it, sent ever slower: never all, so that there is
+        always more to come, and the rest at once when it is over. Raises what went wrong.
+        """
+        while share > self._allowed():
+            if self._task is not None and self._task.done():
+                self._task.result()
+            await asyncio.sleep(_POLL_S)
 
-    def finish(self) -> list[dict[str, Any]]:
-        """How long each took to be ready again, seconds. Raises Fatal when one never happened."""
+    def _allowed(self) -> float:
+        if self._walk.left:
+            return (time.monotonic() - self._began) / _WALK_S
+        if not self._left:
+            return 1.0
+        passed_s = time.monotonic() - self._since
+        part = _MOST * (1.0 - math.exp(-passed_s / self._slowness_s))
+        return (self._total - len(self._left) + part) / self._total
+
+    async def finish(self) -> list[dict[str, Any]]:
+        """What happened and how long each took, seconds. Raises Fatal when one never happened."""
+        await self.pace(1.0)
         if self._walk.left:
             raise Fatal(f"never reached: {', '.join(self._walk.left)}")
-        return [*self._recoveries, *self._walk.recoveries]
+        if self._faults:
+            self._records.append(await asyncio.to_thread(self._stripe_report))
+        return [*self._records, *self._walk.recoveries]
 
-    def release(self) -> None:
+    async def release(self) -> None:
         """Give the services back to their supervisor."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
         self._walk.end()
+        await self._commits.close()
+
+    async def _run(self) -> None:
+        while self._left:
+            self._since = time.monotonic()
+            self._slowness_s = self._random.uniform(1.0, 6.0)
+            await asyncio.sleep(self._random.uniform(0.3, 2.0))
+            name = self._left[0]
+            kind, _, what = name.rpartition(":")
+            self._progress(kind or "kill -9", what)
+            found = await self._disturb(f"{kind}:", what)
+            self._records.append({"what": name, **found})
+            self._progress("recovered", f"{name}: {found}")
+            self._left.pop(0)
+        while self._walk.begun:
+            await asyncio.to_thread(self._walk.step)
+            await asyncio.sleep(_POLL_S)
+
+    async def _disturb(self, kind: str, what: str) -> dict[str, Any]:
+        on = striking.Target(self._mesh, self._commits, what)
+        if kind == PAUSE:
+            return await striking.pause(on)
+        if kind == TAKEOVER:
+            return await striking.take_over(on)
+        if what in self._mesh.services:
+            return await striking.kill(on)
+        cluster = Cluster(self._mesh.home, servers())
+        if what == "triton" and kind != RESTART:
+            return await striking.strike_triton(on, cluster, self._progress)
+        end = cluster.stop if kind == RESTART else cluster.kill
+        return await striking.strike_server(on, cluster, end, self._progress)
+
+    def _stripe(self) -> tuple[StripeStandIn, str]:
+        port = int(Cluster(self._mesh.home, servers()).endpoints.stripe_url.rpartition(":")[2])
+        return StripeStandIn(self._mesh.home, port), f"http://127.0.0.1:{port}/_faults"
 
     def _order_stripe_faults(self) -> None:
-        port = int(Cluster(self._mesh.home, servers()).endpoints.stripe_url.rpartition(":")[2])
-        stand_in = StripeStandIn(self._mesh.home, port)
+        stand_in, url = self._stripe()
         stand_in.stop()
         stand_in.start_with_faults()
         for name in self._faults:
             self._progress("stripe", name)
-            url = f"http://127.0.0.1:{port}/_faults"
             httpx.post(url, json=STRIPE_FAULTS[name]).raise_for_status()
 
-    async def _disturb(self, name: str) -> None:
-        kind, _, what = name.rpartition(":")
-        self._progress(kind or "kill -9", what)
-        if name.startswith(PAUSE):
-            await self._pause(what)
-            return
-        began = time.monotonic()
-        if what in self._mesh.services:
-            self._mesh.kill(what)
-            await asyncio.to_thread(wait_ready, self._mesh, what)
-        else:
-            cluster = Cluster(self._mesh.home, servers())
-            end = self._stop_server if kind else cluster.kill
-            await asyncio.to_thread(end, what)
-            await asyncio.to_thread(cluster.up, self._progress)
-        self._recoveries.append({"what": name, "ready_s": round(time.monotonic() - began, 2)})
-
-    def _stop_server(self, name: str) -> None:
-        ServerProcess(name, self._mesh.home).stop(timeout_s=30)
-
-    async def _pause(self, service: str) -> None:
-        process = self._mesh.process(service).running()
-        if process is None:
-            return
-        process.suspend()
-        try:
-            await asyncio.sleep(_PAUSED_S)
-        finally:
-            process.resume()
-
-
-class FaultWalk:
-    """Services that end themselves, one declared step after the other.
-
-    Meanwhile this keeps the services running in their supervisor's place: an ended one starts again
-    at once with its next point armed.
-    """
-
-    def __init__(
-        self, points: Sequence[Point], mesh: Mesh, progress: Callable[[str, str], None]
-    ) -> None:
-        self._mesh = mesh
-        self._progress = progress
-        self.left = list(points)
-        self.recoveries: list[dict[str, Any]] = []
-        self._armed: dict[str, Point] = {}
-        self._supervisor: psutil.Process | None = None
-
-    def begin(self) -> None:
-        """Take over from the supervisor and start the walk's services with their first points."""
-        if not self.left:
-            return
-        self._supervisor = ServerProcess("supervisor", self._mesh.home).running()
-        if self._supervisor is not None:
-            self._supervisor.suspend()
-        for service in sorted({_service(point) for point in self.left}):
-            self._mesh.kill(service)
-            # not waited for by its parent, which is suspended: it lingers as a zombie
-            while self._mesh.process(service).running() is not None:
-                time.sleep(_POLL_S)
-            self._start(service)
-
-    def step(self) -> None:
-        """Start what ended, and note how long it took."""
-        if self._supervisor is None:
-            return
-        for service in self._mesh.services:
-            if self._mesh.process(service).running() is not None:
-                continue
-            began, point = time.monotonic(), self._armed.pop(service, None)
-            if point is not None:
-                self._progress("fault", point)
-                self.left.remove(point)
-            self._start(service)
-            self._wait_ready(service)
-            if point is not None:
-                ready_s = round(time.monotonic() - began, 2)
-                self.recoveries.append({"what": f"{FAULT}{point}", "ready_s": ready_s})
-
-    def end(self) -> None:
-        """Let the supervisor go on."""
-        if self._supervisor is not None:
-            self._supervisor.resume()
-            self._supervisor = None
-
-    def _wait_ready(self, service: str) -> None:
-        """Until it is ready, or already at its next point."""
-        process = self._mesh.process(service)
-        while process.running() is not None and not self._mesh.ready(service):
-            time.sleep(_POLL_S)
-
-    def _start(self, service: str) -> None:
-        process = self._mesh.process(service)
-        point = next((one for one in self.left if _service(one) == service), None)
-        if point is not None:
-            self._armed[service] = point
-            fault = {"CAUSEMESH_FAULT": f"{point}:kill"}
-            process = replace(process, environment={**process.environment, **fault})
-        process.start([sys.executable, "-m", f"services.{service}.app"])
+    def _stripe_report(self) -> dict[str, Any]:
+        report = httpx.get(self._stripe()[1]).raise_for_status().json()
+        return {"what": STRIPE, **report}
 
 
 def known_disturbances(services: Sequence[str]) -> set[str]:
@@ -207,22 +172,8 @@ def known_disturbances(services: Sequence[str]) -> set[str]:
         *services,
         *servers(),
         *(PAUSE + name for name in services),
+        *(TAKEOVER + name for name in services),
         *(RESTART + name for name in servers()),
         *(FAULT + point for point in Point),
         *(STRIPE + name for name in STRIPE_FAULTS),
     }
-
-
-def wait_ready(mesh: Mesh, service: str) -> None:
-    """Wait until a service is ready. Raises Fatal when it takes too long."""
-    deadline = time.monotonic() + _READY_S
-    while not mesh.ready(service):
-        if time.monotonic() > deadline:
-            raise Fatal(f"{service} was not ready again in {_READY_S:.0f} s")
-        time.sleep(_POLL_S)
-
-
-def _service(point: Point) -> str:
-    """Whose step it is; the kit's own are walked in features and, for the outbox, in billing."""
-    owner = point.split(".")[0]
-    return {"worker": "features", "outbox": "billing"}.get(owner, owner)

@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +28,8 @@ from causemesh.codec.encode import RegistryEncoders
 from causemesh.codec.registry import HttpRegistry
 from causemesh.faultpoints import arm
 from causemesh.outbox import Event, OutboxDrain, add_events
-from causemesh.positions_sql import SqlPositionStore
+from causemesh.positions import Checkpoint, Claim, Unit
+from causemesh.positions_sql import SqlPositionStore, _SqlUnit, checkpoints
 from causemesh.runner import (
     Batch,
     Emission,
@@ -54,7 +57,12 @@ class Plan:
     database: str
     name: str
     deduplicate: bool = True
-    """False is the control arm: readers take repeats for news."""
+    """False is a control arm: readers take repeats for news."""
+    fenced: bool = True
+    """False is a control arm: a worker that was replaced commits as if it still owned."""
+    pause_at: int = 0
+    """The unit of the sink, counted from 1, in which the process stops itself by SIGSTOP, its
+    effects written and not committed; 0 for none."""
 
     @property
     def inbox(self) -> str:
@@ -88,6 +96,11 @@ class Plan:
         return Catalogue(topics, {}, {WATERMARK: core.controls[WATERMARK]})
 
 
+def session_name(pid: int) -> str:
+    """What the database sessions of a pipeline's process are called."""
+    return f"chaos-{pid}"
+
+
 class _Plain:
     takes_bad_rows = False
     stateful = False
@@ -113,8 +126,9 @@ class _Door(_Plain):
 
 
 class _Sink(_Plain):
-    def __init__(self, audits: str) -> None:
+    def __init__(self, audits: str, pause_at: int) -> None:
         self._audits = audits
+        self._units_left = pause_at
 
     async def process(self, batches: Sequence[Batch], watermark_us: int, tx: Any) -> Emission:
         for batch in batches:
@@ -130,7 +144,38 @@ class _Sink(_Plain):
                 for one in ids
             ]
             await add_events(tx, events)
+        if batches:
+            self._units_left -= 1
+            if self._units_left == 0:
+                os.kill(os.getpid(), signal.SIGSTOP)
         return Emission()
+
+
+class _Unfenced(SqlPositionStore):
+    """Commits under whatever claim is in force."""
+
+    @asynccontextmanager
+    async def _unit(self, claim: Claim) -> AsyncIterator[Unit]:
+        async with super()._unit(claim) as unit:
+            yield _Stolen(unit, claim)
+
+
+@dataclass
+class _Stolen:
+    unit: Unit
+    claim: Claim
+
+    @property
+    def transaction(self) -> Any:
+        return self.unit.transaction
+
+    async def commit(self, checkpoint: Checkpoint) -> None:
+        theirs = sa.select(checkpoints.c.epoch).where(
+            checkpoints.c.group_name == self.claim.group,
+            checkpoints.c.partition == self.claim.partition,
+        )
+        epoch = (await self.transaction.execute(theirs)).scalar_one()
+        await _SqlUnit(self.transaction, replace(self.claim, epoch=epoch)).commit(checkpoint)
 
 
 class _Auditor(_Plain):
@@ -145,7 +190,8 @@ async def run(plan: Plan) -> None:
     """All three stages and the drain, until the process ends."""
     catalogue, clock = plan.catalogue(), SystemClock()
     bus, registry = KafkaBus(plan.kafka, session_timeout_ms=3_000), HttpRegistry(plan.registry)
-    engine = create_async_engine(plan.database)
+    told = {"application_name": session_name(os.getpid())}
+    engine = create_async_engine(plan.database, connect_args={"server_settings": told})
     encoders, producer = RegistryEncoders(registry), bus.producer("chaos")
 
     def runner(name: str, reads: str, processor: Processor, writes: tuple[str, ...] = ()) -> Runner:
@@ -157,7 +203,7 @@ async def run(plan: Plan) -> None:
                 partition,
                 processor,
                 bus=bus,
-                store=SqlPositionStore(engine),
+                store=SqlPositionStore(engine) if plan.fenced else _Unfenced(engine),
                 catalogue=catalogue,
                 decoder=Decoder(registry),
                 emitter=Emitter(catalogue, encoders, producer, writes),
@@ -171,7 +217,7 @@ async def run(plan: Plan) -> None:
     audits = Emitter(catalogue, encoders, producer, (plan.audits,))
     await asyncio.gather(
         runner("door", plan.inbox, _Door(plan.facts), (plan.facts,)).run(),
-        runner("sink", plan.facts, _Sink(plan.audits)).run(),
+        runner("sink", plan.facts, _Sink(plan.audits, plan.pause_at)).run(),
         runner("auditor", plan.audits, _Auditor()).run(),
         OutboxDrain("chaos", engine, catalogue, audits).run(),
     )

@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import polars as pl
+import psutil
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -24,7 +25,7 @@ from causemesh.bus.kafka import KafkaBus
 from causemesh.codec.encode import RegistryEncoders
 from causemesh.codec.registry import HttpRegistry
 from causemesh.faultpoints import Point
-from tests.chaos.pipeline import PARTITIONS, Plan
+from tests.chaos.pipeline import PARTITIONS, Plan, session_name
 
 pytestmark = pytest.mark.servers
 COUNT = 120
@@ -83,7 +84,8 @@ async def process(
     with log.open("ab") as output:
         child = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "tests.chaos.pipeline", json.dumps(asdict(plan)),
-            env={**os.environ, "CAUSEMESH_FAULT": fault}, stdout=output, stderr=output,
+            env={**os.environ, "CAUSEMESH_FAULT": fault, "PYTHONUNBUFFERED": "1"},
+            stdout=output, stderr=output,
         )  # fmt: skip
     try:
         yield child
@@ -150,3 +152,53 @@ async def test_control_without_marks_the_same_kill_doubles(
     found = await results(database)
     assert len(found["audits"]) > COUNT
     assert set(found["audits"]) == set(IDS)
+
+
+async def _waits_for_rows(database: AsyncEngine, pid: int) -> bool:
+    """Whether both of its sink's workers wait for rows that another's open transaction holds."""
+    waits = sa.text(
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+        " AND application_name = :name AND wait_event_type = 'Lock'"
+    )
+    async with database.connect() as connection:
+        found = await connection.execute(waits, {"name": session_name(pid)})
+        return int(found.scalar_one()) == PARTITIONS
+
+
+async def replaced_while_paused(plan: Plan, database: AsyncEngine, tmp_path: Path) -> str:
+    """A process stops in the middle of a unit of the sink, another one takes over and comes to the
+    same records, then the first goes on; its log."""
+    log = tmp_path / "paused.log"
+    async with process(replace(plan, pause_at=2), log) as paused:
+        state = psutil.Process(paused.pid)
+        async with asyncio.timeout(60):
+            while state.status() != psutil.STATUS_STOPPED:  # noqa: ASYNC110 - polls a process
+                await asyncio.sleep(0.05)
+        async with process(plan, tmp_path / "next.log") as following:
+            async with asyncio.timeout(60):
+                while not await _waits_for_rows(database, following.pid):  # noqa: ASYNC110 - polls
+                    await asyncio.sleep(0.05)
+            paused.send_signal(signal.SIGCONT)
+            await everything(database)
+            await asyncio.sleep(1.0)  # for what the first still has to say
+    return log.read_text()
+
+
+async def test_a_replaced_process_that_goes_on_commits_nothing(
+    plan: Plan, database: AsyncEngine, tmp_path: Path
+) -> None:
+    """Paused past its session timeout with a unit open, it finds its claim gone."""
+    log = await replaced_while_paused(plan, database, tmp_path)
+    assert "worker_fenced" in log
+    assert await results(database) == {"effects": IDS, "audits": IDS}
+
+
+async def test_control_without_the_fence_the_same_pause_doubles(
+    plan: Plan, database: AsyncEngine, tmp_path: Path
+) -> None:
+    """Without the epoch in the commit both processes' effects stay."""
+    log = await replaced_while_paused(replace(plan, fenced=False), database, tmp_path)
+    assert "worker_fenced" not in log
+    found = await results(database)
+    assert len(found["effects"]) > COUNT
+    assert set(found["effects"]) == set(IDS)

@@ -80,6 +80,7 @@ class _Desk:
                 outcome = _refused(refused)
             if fault is not None and fault.next == "timeout_after_commit":
                 await drop(request)
+            self._faults.answers[_ending(outcome, fault)] += 1
             return _response(outcome, request_id)
 
         return answer
@@ -104,7 +105,9 @@ class _Desk:
         if key and self._idempotency:
             under = keyed(key, request.url.path, sent, request_id)
         with self._keys.use(under.key) if under else nullcontext():
-            if fault is not None and fault.next == "slow":
+            if fault is not None and fault.next == "timeout_while_running":
+                await drop(request)
+            if fault is not None and fault.next in ("slow", "timeout_while_running"):
                 await asyncio.sleep(fault.delay_ms / 1000)
             return await run_in_threadpool(self._perform, operation, call, under, fault)
 
@@ -156,6 +159,13 @@ async def _sent(request: Request) -> list[tuple[str, str]]:
         return parse_qsl(body.decode(), keep_blank_values=True, errors="strict")
     except UnicodeDecodeError as error:
         raise Refused("Send the parameters in UTF-8") from error
+
+
+def _ending(outcome: Outcome, fault: Fault | None) -> str:
+    """How a call ended for its caller, for the tests that count it."""
+    if fault is not None and str(fault.next).startswith("timeout_"):
+        return "dropped"
+    return f"{outcome.status}{' replayed' if outcome.replay_of else ''}"
 
 
 def _request_id() -> str:

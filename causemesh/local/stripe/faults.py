@@ -18,13 +18,15 @@ class Fault(BaseModel):
     `500`: answered and kept under the key before (`when`) the effect, or after it.
     `429`: refused with Retry-After, not kept under the key.
     `timeout_after_commit`: the effect is done and kept, the connection is dropped without answer.
+    `timeout_while_running`: the connection is dropped at once; the effect is done and kept after
+    `delay_ms`, and until then another call under the key is refused (409).
     `slow`: done after `delay_ms`, in which the key is in use.
     `method` and `path` (as declared, such as `/v1/invoices/{id}/finalize`) narrow which calls.
     """
 
     model_config = ConfigDict(extra="forbid")
 
-    next: Literal[500, 429, "timeout_after_commit", "slow"]
+    next: Literal[500, 429, "timeout_after_commit", "timeout_while_running", "slow"]
     count: int = Field(default=1, ge=1)
     when: Literal["before", "after"] = "before"
     delay_ms: int = Field(default=500, ge=0)
@@ -36,11 +38,21 @@ class Fault(BaseModel):
         return self.method in (None, operation.method) and self.path in (None, operation.path)
 
 
+class Report(BaseModel):
+    """How many ordered faults still wait, and how calls ended: `dropped`, or by status, those
+    from a kept answer apart (`500 replayed`)."""
+
+    waiting: int
+    answers: dict[str, int]
+
+
 class Faults:
-    """The faults that wait, first come first served, and how often each endpoint was called."""
+    """The faults that wait, first come first served, how often each endpoint was called, and how
+    calls were answered."""
 
     def __init__(self) -> None:
         self.calls: Counter[str] = Counter()
+        self.answers: Counter[str] = Counter()
         self._waiting: list[Fault] = []
 
     def add(self, fault: Fault) -> None:
@@ -58,7 +70,7 @@ class Faults:
         return fault
 
     def routes(self) -> APIRouter:
-        """`POST /_faults` and `GET /_calls`."""
+        """`POST /_faults`, `GET /_faults` and `GET /_calls`."""
         router = APIRouter()
 
         @router.post("/_faults")
@@ -66,6 +78,11 @@ class Faults:
             answer = fault.model_copy()
             self.add(fault)
             return answer
+
+        @router.get("/_faults")
+        async def report() -> Report:
+            waiting = sum(fault.count for fault in self._waiting)
+            return Report(waiting=waiting, answers=dict(self.answers))
 
         @router.get("/_calls")
         async def calls() -> dict[str, int]:

@@ -97,6 +97,12 @@ async def fault(client: Api, **wanted: Any) -> None:
         (await http.post("/_faults", json=wanted)).raise_for_status()
 
 
+async def report(client: Api) -> dict[str, Any]:
+    """How many faults wait, and how calls ended."""
+    async with httpx.AsyncClient(base_url=client._requestor._options.base_addresses["api"]) as http:
+        return dict((await http.get("/_faults")).raise_for_status().json())
+
+
 async def create(client: Api, key: str, name: str = "United") -> Any:
     return await client.v1.customers.create_async({"name": name}, {"idempotency_key": key})
 
@@ -210,6 +216,44 @@ async def test_a_lost_answer_is_found_again(tmp_path: Path, idempotency: bool) -
         again = await create(client, "k")
         assert (again.id == made) is idempotency
         assert len(await customers(client)) == (1 if idempotency else 2)
+
+
+@honoured_and_ignored
+async def test_a_lost_call_that_still_runs_is_in_conflict_with_its_retry(
+    tmp_path: Path, idempotency: bool
+) -> None:
+    """Stripe's 409: the first request under the key goes on after its caller gave up."""
+    async with standin(tmp_path / "data.db", idempotency=idempotency) as client:
+        await fault(client, next="timeout_while_running", delay_ms=600, method="POST")
+        with pytest.raises(stripe.APIConnectionError):
+            await create(client, "k")
+        assert await customers(client) == [], "it should still run"
+        if idempotency:
+            with pytest.raises(stripe.APIError) as refused:
+                await create(client, "k")
+            error = refused.value.json_body["error"]
+            assert (refused.value.http_status, error["code"]) == (409, "idempotency_key_in_use")
+        else:
+            await create(client, "k")
+        async with asyncio.timeout(5):
+            while len(made := await customers(client)) < 2 - idempotency:  # noqa: ASYNC110 - a server
+                await asyncio.sleep(0.02)
+        again = await create(client, "k")
+        assert ([again.id] == made) is idempotency
+        assert len(await customers(client)) == (1 if idempotency else 3)
+
+
+async def test_the_stand_in_counts_how_calls_ended(tmp_path: Path) -> None:
+    async with standin(tmp_path / "data.db") as client:
+        await fault(client, next=500, method="POST")
+        await fault(client, next="timeout_after_commit", method="POST")
+        await fault(client, next=429, count=9, path="/v1/invoices")
+        for key in ("a", "b", "a"):
+            with pytest.raises(stripe.StripeError):
+                await create(client, key)
+        await create(client, "c")
+        answers = {"500": 1, "dropped": 1, "500 replayed": 1, "200": 1}
+        assert await report(client) == {"waiting": 9, "answers": answers}
 
 
 @honoured_and_ignored

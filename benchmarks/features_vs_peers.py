@@ -104,13 +104,21 @@ def arms(where: Place, filled: Filled) -> list[Arm]:
     """All sides. The slower peers read a part, each long enough for several seconds."""
     warm = filled.count // 6
     few, fewer = filled.count // 6, filled.count // 60
-    streams = {"cache": "256 MiB", "changelog": "lz4", "threads": 1, "heap": "1 GiB"}
+    streams = {
+        "cache": "256 MiB",
+        "changelog": "lz4, linger 100 ms",
+        "fetch": "4 MiB, 10,000 records a poll, 20,000 buffered",
+        "heap": "1 GiB",
+    }
     every = "every 30 s (as it comes)"
     return [
         Arm(
             "causemesh features",
             partial(ours, where, filled, warm, False),
-            {"checkpoint": "every 20 units (as it comes), state and position, Postgres"},
+            {
+                "unit": "at most 20,000 records (as it comes)",
+                "checkpoint": "state and position to Postgres every 20 units (as it comes)",
+            },
         ),
         Arm(
             "causemesh features, publishing each vector",
@@ -128,9 +136,9 @@ def arms(where: Place, filled: Filled) -> list[Arm]:
             {**streams, "commit": every},
         ),
         Arm(
-            "Kafka Streams, in memory, commit each second",
-            partial(kafka_streams, where, filled, warm, "memory", 1_000),
-            {**streams, "commit": "every second, as often as ours"},
+            "Kafka Streams, in memory, commit each 2 s",
+            partial(kafka_streams, where, filled, warm, "memory", 2_000),
+            {**streams, "commit": "every 2 s, about as often as ours"},
         ),
         Arm(
             "Quix Streams",

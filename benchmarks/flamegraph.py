@@ -47,7 +47,8 @@ def _short(name: str) -> str:
     told = re.match(r"(.*) \((.*?)\)$", name)
     if told is None:
         return name
-    path = re.sub(r"^.*?(site-packages|lib/python\d\.\d+)/", "", told[2])
+    path = re.sub(r":\d+$", "", told[2])
+    path = re.sub(r"^.*?(site-packages|lib/python\d\.\d+)/", "", path)
     path = re.sub(r"^.*?/(?=(causemesh|services|benchmarks)/)", "", path)
     return f"{told[1]} ({path.removeprefix('/')})"
 

@@ -31,40 +31,49 @@ _STARTED_S, _RECORDED_S, _RATE = 3.0, 8, 150
 _GROUPS = {"features": "features", "billing": "billing", "inference": "inference-realtime"}
 
 # The first of these that is anywhere in a stack is what the sample counts for.
+_TAKEN_IN = (
+    ("decode", "Decoder.decode (causemesh/codec/decode.py)"),
+    ("drop replays", "HighWaterMarks.fresh (causemesh/runner/marks.py)"),
+)
+_SENT = (
+    ("send: causes and ids", "_with_envelope (causemesh/runner/emitter.py)"),
+    ("send: encode", "(causemesh/codec/encode.py)"),
+    ("send: record batches", "(aiokafka/producer/"),
+    ("send: record batches", "KafkaProducer._in_order (causemesh/bus/kafka.py)"),
+    ("send: the rest", "Emitter.send (causemesh/runner/emitter.py)"),
+)
+_FETCHED = (
+    ("fetch", "KafkaReader.fetch (causemesh/bus/kafka.py)"),
+    ("network and event loop", "(aiokafka/"),
+)
 PARTS: Mapping[str, Sequence[tuple[str, str]]] = {
     "features": (
-        ("state: snapshot and commit", "_checkpoint ("),
-        ("state: snapshot and commit", "commit (causemesh/positions_sql.py)"),
-        ("decode", "decode (causemesh/codec/decode.py)"),
-        ("drop replays", "fresh (causemesh/runner/marks.py)"),
-        ("read events by the view", "_read (services/features/handlers.py)"),
-        ("state: find entities", "add_view_events ("),
-        ("state: apply", "advance (services/features/domain/state.py)"),
-        ("fetch", "aiokafka/"),
-        ("fetch", "fetch (causemesh/bus/kafka.py)"),
+        ("state: snapshot and commit", "PartitionWorker._checkpoint"),
+        ("state: snapshot and commit", "_SqlUnit.commit"),
+        *_TAKEN_IN,
+        ("read events by the view", "Join._read (services/features/handlers.py)"),
+        ("state: find entities", "PartitionState.add_view_events"),
+        ("state: apply", "PartitionState.advance"),
+        ("choose vectors to publish", "(services/features/publishing.py)"),
+        *_SENT,
+        *_FETCHED,
     ),
     "billing": (
-        ("decode", "decode (causemesh/codec/decode.py)"),
-        ("drop replays", "fresh (causemesh/runner/marks.py)"),
-        ("meter", "_metered (services/billing/handlers.py)"),
-        ("lateness", "in_force ("),
-        ("lateness", "late_months ("),
-        ("lateness", "first_open ("),
-        ("Postgres", "sqlalchemy/"),
-        ("Postgres", "asyncpg/"),
-        ("fetch", "aiokafka/"),
-        ("fetch", "fetch (causemesh/bus/kafka.py)"),
+        *_TAKEN_IN,
+        ("meter", "Metering._metered (services/billing/handlers.py)"),
+        ("lateness", "(services/billing/lateness.py)"),
+        ("Postgres", "(sqlalchemy/"),
+        ("Postgres", "(asyncpg/"),
+        *_SENT,
+        *_FETCHED,
     ),
     "inference": (
-        ("decode", "decode (causemesh/codec/decode.py)"),
-        ("drop replays", "fresh (causemesh/runner/marks.py)"),
-        ("model calls", "infer (services/inference/gateways.py)"),
-        ("model calls", "grpc/"),
-        ("send: encode", "causemesh/codec/encode.py"),
-        ("send: causes and ids", "causemesh/runner/emitter.py"),
-        ("send: record batches", "causemesh/bus/kafka.py"),
-        ("outcomes", "services/inference/"),
-        ("fetch and send", "aiokafka/"),
+        *_TAKEN_IN,
+        ("model calls", "Predict._call (services/inference/handlers.py)"),
+        ("model calls", "(grpc/"),
+        ("outcomes", "(services/inference/"),
+        *_SENT,
+        *_FETCHED,
     ),
 }
 

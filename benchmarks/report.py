@@ -7,55 +7,44 @@ is said here.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import RESULTS
-from benchmarks.report_text import (
-    FEATURES,
-    HEAD,
-    LATENCY,
-    MESH,
-    PREDICTIONS,
-    PROFILES,
-    TARGETS,
-    USAGE,
-)
+from benchmarks.report_text import HEAD, SECTIONS, TARGETS
 
 Result = Mapping[str, Any]
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 PLOT = PAGE.with_name("mesh-cost.svg")
 
 
-def newest(benchmark: str) -> Result:
-    """The newest results of a benchmark. Raises FileNotFoundError when it was never run."""
+def newest(benchmark: str) -> Result | None:
+    """The newest results of a benchmark; None when there are none."""
     found = sorted(RESULTS.glob(f"{benchmark}-2*.json"))
-    if not found:
-        raise FileNotFoundError(f"no results of {benchmark}: run make bench")
-    result: Result = json.loads(found[-1].read_text())
-    return result
+    return json.loads(found[-1].read_text()) if found else None
 
 
 def page() -> str:
     """The whole document."""
-    sections: list[Iterator[str]] = [
-        _arms("Feature updates", newest("features"), FEATURES, "event"),
-        _latency(newest("latency")),
-        _arms("Predictions", newest("predictions"), PREDICTIONS, "row"),
-        _arms("Metered usage", newest("usage"), USAGE, "record"),
-        _mesh(newest("mesh")),
-        _profiles(newest("profiles")),
-    ]
-    body = "\n".join(line for section in sections for line in section)
-    return f"{HEAD}\n{_targets()}\n{body}"
+    parts = [_section(*section) for section in SECTIONS]
+    return "\n".join([HEAD, _targets(), *parts])
+
+
+def _section(benchmark: str, title: str, text: str) -> str:
+    result = newest(benchmark)
+    lines = ["Not measured yet.\n"] if result is None else [text, *_BODIES[benchmark](result)]
+    return "\n".join([f"## {title}\n", *lines])
 
 
 def _targets() -> str:
     """What was aimed at, and what was measured."""
     rows = ["| target | measured | met |", "|---|---|---|"]
     for target in TARGETS:
-        arms = {one["name"]: one for one in newest(target.benchmark)["arms"]}
+        result = newest(target.benchmark)
+        if result is None:
+            continue
+        arms = {one["name"]: one for one in result["arms"]}
         value = _median(arms[target.ours])
         if target.peer is not None:
             value /= _median(arms[target.peer])
@@ -69,12 +58,10 @@ def _median(arm: Result) -> float:
     return float(arm["figures"][arm["rate"]]["median"])
 
 
-def _arms(title: str, result: Result, text: str, unit: str) -> Iterator[str]:
-    yield f"## {title}\n"
-    yield text
+def _arms(result: Result) -> Iterator[str]:
     rows = result["arms"]
     ours = _median(rows[0])
-    yield f"| | {unit}s/s, median | min to max | {unit}s a CPU second | peak MB | x ours |"
+    yield "| | records/s, median | min to max | records a CPU second | peak MB | x ours |"
     yield "|---|---:|---:|---:|---:|---:|"
     for arm in rows:
         rate, figures = arm["figures"][arm["rate"]], arm["figures"]
@@ -100,8 +87,6 @@ def _told(value: Any) -> str:
 
 
 def _latency(result: Result) -> Iterator[str]:
-    yield "## Request to prediction\n"
-    yield LATENCY
     yield "| requests/s | what | p50 ms | min to max | p99 ms | min to max |"
     yield "|---:|---|---:|---:|---:|---:|"
     for row in result["rows"]:
@@ -115,8 +100,6 @@ def _latency(result: Result) -> Iterator[str]:
 
 
 def _mesh(result: Result) -> Iterator[str]:
-    yield "## The whole mesh\n"
-    yield MESH
     columns = {
         "records": "records",
         "predictions": "predictions",
@@ -145,8 +128,6 @@ def _mesh(result: Result) -> Iterator[str]:
 
 
 def _profiles(result: Result) -> Iterator[str]:
-    yield "## Where the time goes\n"
-    yield PROFILES
     for one in result["services"]:
         told = ", ".join(f"{part} {share:.0%}" for part, share in one["parts"].items())
         name = one["service"]
@@ -216,10 +197,22 @@ def _panel(runs: Sequence[Result], label: str, name: str, left: float) -> str:
     return "\n".join(parts) + "\n"
 
 
+_BODIES: Mapping[str, Callable[[Result], Iterator[str]]] = {
+    "features": _arms,
+    "latency": _latency,
+    "predictions": _arms,
+    "usage": _arms,
+    "mesh": _mesh,
+    "profiles": _profiles,
+}
+
+
 def main() -> None:
     """Write the page and its plot."""
     PAGE.write_text(page())
-    PLOT.write_text(plot(newest("mesh")["runs"]))
+    measured = newest("mesh")
+    if measured is not None:
+        PLOT.write_text(plot(measured["runs"]))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 
 from benchmarks.harness import save, versions
+from benchmarks.readings import own_ports
 from causemesh.cli import running
 from causemesh.cli.output import Output
 from causemesh.local import Cluster
@@ -81,6 +82,7 @@ def months_of(days: int) -> int:
 def replay(days: int) -> dict[str, Any]:
     """One replay on empty data. Raises RuntimeError when a check of the demo fails."""
     fresh_home(_HOME)
+    own_ports(_HOME)
     demo = Demo(_HOME, months_of(days), days, [], Output())
     try:
         mesh: Mesh = running.up(_HOME, PROJECT, lambda name, state: None, partitions=_PARTITIONS)

@@ -26,6 +26,7 @@ from causemesh.codec.registry import HttpRegistry
 from causemesh.local import Cluster, Endpoints
 from causemesh.local.mesh import Mesh
 from causemesh.local.ports import choose_ports
+from causemesh.settings import API_PORTS
 
 PROJECT = Path(__file__).parent / "project"
 READINGS = "events.reading"
@@ -35,7 +36,7 @@ _START_US = 1_767_225_600_000_000  # 2026-01-01, the start of an hour
 _HOUR_US = 3_600_000_000
 _PORTS = (
     *("kafka", "kafka_controller", "registry", "registry_management"),
-    *("postgres", "triton", "triton_metrics"),
+    *("postgres", "triton", "triton_metrics", "stripe"),
 )
 _ROUNDS_TO = 1 / 1024  # values are multiples of it, so that sums are exact in any order
 
@@ -175,15 +176,20 @@ def _promise(source: str, at_us: int) -> pl.DataFrame:
     )
 
 
+def own_ports(home: Path) -> None:
+    """Ports of the system's choice: another mesh on this machine may take the default ones."""
+    home.mkdir(parents=True, exist_ok=True)
+    choose_ports(home / "ports.json", dict.fromkeys(_PORTS, 0))
+    choose_ports(home / "service-ports.json", dict.fromkeys(API_PORTS, 0))
+
+
 @contextmanager
 def place(
     home: Path, servers: tuple[str, ...] = ("kafka", "registry", "postgres")
 ) -> Iterator[Place]:
     """A cluster with empty topics, stopped at the end."""
     shutil.rmtree(home, ignore_errors=True)
-    home.mkdir(parents=True)
-    # Ports of the system's choice: another mesh on this machine may take the default ones.
-    choose_ports(home / "ports.json", dict.fromkeys(_PORTS, 0))
+    own_ports(home)
     cluster = Cluster(home, servers)
     endpoints = cluster.up()
     try:

@@ -79,7 +79,7 @@ stamps, which are whole milliseconds.
 """
 
 PREDICTIONS = """\
-The same ONNX model everywhere, on one thread (`about` below the table says which).
+The same ONNX model everywhere, on one thread: 150 boosted trees over 19 columns.
 
 Not equal, in the peers' favour: the direct calls and FastAPI go from rows in memory to scores in
 memory. Ours reads tasks from Kafka, decodes them, drops replays, calls Triton, and writes one

@@ -7,7 +7,7 @@ export POLARS_MAX_THREADS := 1
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test demo down unit pure simulation component chaos chaos-short e2e lint types imports rules docs lock clean
+.PHONY: bench bench-docs bench-setup help setup test demo down unit pure simulation component chaos chaos-short e2e lint types imports rules docs lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -67,10 +67,34 @@ docs: $(STAMP) ## Make docs/topics.md, docs/asyncapi.yaml and docs/openapi from 
 	$(BIN)/python -m causemesh.asyncapi > docs/asyncapi.yaml
 	$(BIN)/python -m deploy.openapi_docs docs/openapi
 
+BENCH_STAMP := .venv-bench/.installed
+BENCH_ROUNDS ?= 5
+
+$(BENCH_STAMP): requirements/bench.txt
+	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --require-hashes -r requirements/bench.txt
+	touch $(BENCH_STAMP)
+
+bench-setup: $(STAMP) $(BENCH_STAMP)
+
+bench: bench-setup ## Measure beside peers, about 25 minutes on a quiet machine (BENCH_ROUNDS=5; needs a JDK 17)
+	$(BIN)/python -m benchmarks.features_vs_peers --rounds $(BENCH_ROUNDS)
+	$(BIN)/python -m benchmarks.latency_vs_echo
+	$(BIN)/python -m benchmarks.predictions_vs_peers --rounds $(BENCH_ROUNDS)
+	$(BIN)/python -m benchmarks.usage_vs_postgres --rounds $(BENCH_ROUNDS)
+	$(BIN)/python -m benchmarks.mesh_cost_by_work
+	$(BIN)/python -m benchmarks.profiles
+	$(MAKE) --no-print-directory bench-docs
+
+bench-docs: $(STAMP) ## Make docs/benchmarks.md from the newest results
+	$(BIN)/python -m benchmarks.report
+
 lock: $(STAMP) ## Pin every dependency with its hashes
 	$(BIN)/uv pip compile --quiet --generate-hashes --no-header --no-emit-index-url \
 	  --python-version 3.11 --extra inference --extra billing --extra pulsar --extra local --extra flights \
 	  --extra dev pyproject.toml --output-file requirements/dev.txt
+	$(BIN)/uv pip compile --quiet --generate-hashes --no-header --no-emit-index-url \
+	  --python-version 3.11 requirements/bench.in --output-file requirements/bench.txt
 
 clean: ## Remove the environment and local data
 	rm -rf $(VENV) .causemesh .causemesh-test*

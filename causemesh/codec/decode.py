@@ -51,9 +51,10 @@ class Decoder:
             if writer.name != name:
                 foreign[writer.name] = sorted([*foreign.get(writer.name, ()), *members.tolist()])
                 continue
-            fits, oversize = self._split_by_size(values, members)
+            chosen = [values[row] or b"" for row in members.tolist()]
+            fits, kept, oversize = self._split_by_size(chosen, members)
             bad |= oversize
-            frame, good, wrong = writer.read([values[row] or b"" for row in fits], reader)
+            frame, good, wrong = writer.read(kept, reader)
             frames.append(frame)
             rows.append(fits[good])
             bad |= {int(fits[row]): reason for row, reason in wrong.items()}
@@ -69,15 +70,19 @@ class Decoder:
         return kept[1]
 
     def _split_by_size(
-        self, values: Sequence[bytes | None], members: np.ndarray[Any, Any]
-    ) -> tuple[np.ndarray[Any, Any], dict[int, str]]:
-        sizes = np.array([len(values[row] or b"") for row in members])
+        self, values: list[bytes], members: np.ndarray[Any, Any]
+    ) -> tuple[np.ndarray[Any, Any], list[bytes], dict[int, str]]:
+        """Rows and values that are small enough, and the reasons of the others."""
+        sizes = np.fromiter(map(len, values), np.int64, len(values))
         over = sizes > self._max_value_bytes
+        if not over.any():
+            return members, values, {}
         reasons = {
             int(row): f"oversize: {size} bytes, at most {self._max_value_bytes}"
             for row, size in zip(members[over], sizes[over], strict=True)
         }
-        return members[~over], reasons
+        kept = [value for value, large in zip(values, over.tolist(), strict=True) if not large]
+        return members[~over], kept, reasons
 
     async def _writer(self, schema_id: int) -> _Writer | str:
         """The writer of an id, or the reason why its records are bad."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 HEADER_BYTES = 5
 FOREIGN = -1
+_HEAD: Any = itemgetter(slice(0, HEADER_BYTES))
 
 
 def header(schema_id: int) -> bytes:
@@ -18,13 +21,23 @@ def header(schema_id: int) -> bytes:
 
 def schema_ids(values: Sequence[bytes | None]) -> npt.NDArray[np.int64]:
     """The schema id of each value; `FOREIGN` for null, short or unframed ones."""
-    heads = b"".join(
-        [
-            value[:HEADER_BYTES] if value and len(value) >= HEADER_BYTES else b"\xff" * 5
-            for value in values
-        ]
-    )
+    heads = _all_heads(values)
+    if len(heads) != HEADER_BYTES * len(values):
+        heads = b"".join(
+            [
+                value[:HEADER_BYTES] if value and len(value) >= HEADER_BYTES else b"\xff" * 5
+                for value in values
+            ]
+        )
     table = np.frombuffer(heads, dtype=np.uint8).reshape(len(values), HEADER_BYTES)
     ids = np.ascontiguousarray(table[:, 1:]).view(">u4").reshape(len(values)).astype(np.int64)
     ids[table[:, 0] != 0] = FOREIGN
     return ids
+
+
+def _all_heads(values: Sequence[bytes | None]) -> bytes:
+    """The first bytes of all values, joined: shorter than it should be when a value is."""
+    try:
+        return b"".join(map(_HEAD, values))
+    except TypeError:  # a null among them
+        return b""

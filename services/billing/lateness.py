@@ -44,7 +44,9 @@ class Promises:
         before = self._tracker.of_input(source)
         rising = np.full(len(raw), NEVER if before is None else before, dtype=np.int64)
         # Watermarks are among what the runner left out; the rest of that is of other records.
-        others = np.setdiff1d(np.arange(len(raw)), batch.rows)
+        left = np.ones(len(raw), dtype=bool)
+        left[batch.rows] = False
+        others = np.flatnonzero(left)
         left_out = [raw.values[row] for row in others.tolist()]
         if left_out:
             heard = await decoder.decode(left_out, catalogue.controls[WATERMARK])

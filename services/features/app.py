@@ -59,7 +59,7 @@ async def main() -> None:
                 clock=service.clock,
                 publish_seconds=settings.publish_seconds if settings.publish_vectors else None,
             ),
-            Limits(max_records=10_000, commit_every_units=settings.commit_every_units),
+            Limits(max_records=20_000, commit_every_units=settings.commit_every_units),
         )
 
         def joins() -> dict[int, Join]:

@@ -269,7 +269,10 @@ class Aligner:
 
     def _account(self, answered: int) -> Advanced:
         """Report, and start counting again."""
-        touched = {name: np.unique(np.concatenate(rows)) for name, rows in self._touched.items()}
+        touched = {
+            name: rows[0] if len(rows) == 1 else np.unique(np.concatenate(rows))
+            for name, rows in self._touched.items()
+        }
         report = Advanced(
             answered,
             self._applied,

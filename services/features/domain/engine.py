@@ -32,7 +32,7 @@ Entities = pl.Series | Sequence[str | None]
 
 @dataclass(frozen=True)
 class Applied:
-    """What an `apply` did: events too old for any tile, and the rows whose state changed."""
+    """What an `apply` did: events too old for any tile, and the rows touched, each once, rising."""
 
     late: int
     touched: Ints
@@ -72,14 +72,16 @@ class ViewState:
         """
         coded = self.encode(events) if isinstance(events, ViewEvents) else events
         late = 0
+        touched = coded.rows
         if len(coded):
             ordered = coded.in_order(self.layout)
+            touched = ordered.rows[np.flatnonzero(np.diff(ordered.rows, prepend=-1))]
             late = self._apply_tiles(ordered) if self.view.tiles else 0
             self._apply_latest(ordered)
         if until_us is not None:
             before_us = self.applied_until_us
             self.applied_until_us = until_us if before_us is None else max(until_us, before_us)
-        return Applied(late, np.unique(coded.rows))
+        return Applied(late, touched)
 
     def answer(self, entities: Entities, as_of_us: Ints) -> Vectors:
         """The vectors from what has been applied: float32 [n, features].

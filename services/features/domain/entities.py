@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import repeat
+
 import numpy as np
 import polars as pl
 
@@ -40,7 +42,7 @@ class EntityIndex:
     def find(self, keys: pl.Series) -> Ints:
         """The row of each key; NOBODY for a null or unknown one."""
         found = np.fromiter(
-            map(self._rows.get, keys.to_list(), (-1 for _ in range(len(keys)))),
+            map(self._rows.get, keys.to_list(), repeat(-1)),
             np.int64,
             len(keys),
         )

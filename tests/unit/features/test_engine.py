@@ -169,6 +169,13 @@ def test_touched_rows_name_the_entities_that_changed() -> None:
     assert touched.tolist() == state.index.find(pl.Series(["b"])).tolist()
 
 
+@given(event_lists())
+def test_touched_rows_are_each_named_once_and_rise(events: list[Event]) -> None:
+    state = ViewState(make_view())
+    coded = state.encode(read(state.view, events))
+    assert state.apply(coded).touched.tolist() == sorted(set(coded.rows.tolist()))
+
+
 def test_float_sums_without_the_grid_depend_on_the_grouping() -> None:
     """Control: why inputs are put on a grid. Plain float64 sums differ with the chunking."""
     rng = np.random.default_rng(7)

@@ -1,0 +1,217 @@
+"""docs/benchmarks.md and its plot from the newest results: `python -m benchmarks.report`.
+
+Only figures and their settings come from the results; what is equal between arms, and what is not,
+is said here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import RESULTS
+from benchmarks.report_text import HEAD, SECTIONS, TARGETS
+
+Result = Mapping[str, Any]
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+PLOT = PAGE.with_name("mesh-cost.svg")
+
+
+def newest(benchmark: str) -> Result | None:
+    """The newest results of a benchmark; None when there are none."""
+    found = sorted(RESULTS.glob(f"{benchmark}-2*.json"))
+    return json.loads(found[-1].read_text()) if found else None
+
+
+def page() -> str:
+    """The whole document."""
+    parts = [_section(*section) for section in SECTIONS]
+    return "\n".join([HEAD, _targets(), *parts])
+
+
+def _section(benchmark: str, title: str, text: str) -> str:
+    result = newest(benchmark)
+    lines = ["Not measured yet.\n"] if result is None else [text, *_BODIES[benchmark](result)]
+    return "\n".join([f"## {title}\n", *lines])
+
+
+def _targets() -> str:
+    """What was aimed at, and what was measured."""
+    rows = ["| target | measured | met |", "|---|---|---|"]
+    for target in TARGETS:
+        result = newest(target.benchmark)
+        rates = {} if result is None else {one["name"]: _median(one) for one in result["arms"]}
+        if not {target.ours, target.peer} - {None} <= rates.keys():
+            rows.append(f"| {target.said} | not measured | |")
+            continue
+        value = rates[target.ours] / (rates[target.peer] if target.peer else 1)
+        told = f"{value:.2f} x" if target.peer else f"{value:,.0f}/s"
+        rows.append(f"| {target.said} | {told} | {'yes' if value >= target.least else '**no**'} |")
+    return "\n".join(rows) + "\n"
+
+
+def _median(arm: Result) -> float:
+    return float(arm["figures"][arm["rate"]]["median"])
+
+
+def _arms(result: Result) -> Iterator[str]:
+    rows = result["arms"]
+    ours = _median(rows[0])
+    yield "| | records/s, median | min to max | records a CPU second | peak MB | x ours |"
+    yield "|---|---:|---:|---:|---:|---:|"
+    for arm in rows:
+        rate, figures = arm["figures"][arm["rate"]], arm["figures"]
+        cpu, rss = figures.get("records_per_cpu_second"), figures.get("peak_rss_mb")
+        cells = [
+            arm["name"],
+            f"{rate['median']:,.0f}",
+            f"{rate['min']:,.0f} to {rate['max']:,.0f}",
+            f"{cpu['median']:,.0f}" if cpu else "",
+            f"{rss['median']:,.0f}" if rss else "",
+            f"{rate['median'] / ours:.2f}",
+        ]
+        yield "| " + " | ".join(cells) + " |"
+    yield "\nSettings: "
+    for arm in rows:
+        told = "; ".join(f"{name} {_told(value)}" for name, value in arm["settings"].items())
+        yield f"- {arm['name']}: {told}"
+    yield "\n" + _where(result)
+
+
+def _told(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _latency(result: Result) -> Iterator[str]:
+    yield "| requests/s | what | p50 ms | min to max | p99 ms | min to max |"
+    yield "|---:|---|---:|---:|---:|---:|"
+    for row in result["rows"]:
+        p50, p99 = row["p50_ms"], row["p99_ms"]
+        yield (
+            f"| {row['rate']:g} | {row['name']} | {p50['median']:.1f} |"
+            f" {p50['min']:.1f} to {p50['max']:.1f} | {p99['median']:.1f} |"
+            f" {p99['min']:.1f} to {p99['max']:.1f} |"
+        )
+    yield "\n" + _where(result)
+
+
+def _mesh(result: Result) -> Iterator[str]:
+    columns = {
+        "records": "records",
+        "predictions": "predictions",
+        "invoices": "invoices",
+        "replay_seconds": "seconds",
+        "training_seconds": "of it training",
+        "predictions_per_second": "predictions/s",
+        "records_per_second": "records/s",
+        "services_cpu_seconds": "CPU s, services",
+        "servers_cpu_seconds": "CPU s, servers",
+        "services_cpu_us_per_record": "services' CPU us a record",
+        "services_peak_rss_mb": "peak MB, services",
+        "servers_peak_rss_mb": "peak MB, servers",
+    }
+    runs = result["runs"]
+    yield "| | " + " | ".join(f"{run['days']} days" for run in runs) + " |"
+    yield "|---|" + "---:|" * len(runs)
+    for name, label in columns.items():
+        cells = [
+            f"{run[name]:,.1f}" if isinstance(run[name], float) else f"{run[name]:,}"
+            for run in runs
+        ]
+        yield f"| {label} | " + " | ".join(cells) + " |"
+    yield f"\n![Cost against work]({PLOT.name})\n"
+    yield _where(result)
+
+
+def _profiles(result: Result) -> Iterator[str]:
+    for one in result["services"]:
+        told = ", ".join(f"{part} {share:.0%}" for part, share in one["parts"].items())
+        name = one["service"]
+        yield f"- [{name}](profiles/{name}.svg), {one['samples']:,} samples: {told}."
+    yield "\n" + _where(result)
+
+
+def _where(result: Result) -> str:
+    """Which machine, when, what."""
+    machine = result["machine"]
+    about = ", ".join(f"{name} {_told(value)}" for name, value in result["about"].items())
+    versions = ", ".join(f"{name} {_short(value)}" for name, value in result["versions"].items())
+    return (
+        f"<sub>{result['measured_at']}, commit {result['commit']}; {machine['cpu']},"
+        f" {machine['cores']} cores, {machine['memory_gib']} GiB, Linux {machine['kernel']},"
+        f" Python {machine['python']}; {about}; {versions}</sub>\n"
+    )
+
+
+def _short(version: str) -> str:
+    return version.rsplit(":", 1)[-1].replace('"', "")
+
+
+def plot(runs: Sequence[Result]) -> str:
+    """Processor time and memory of the services against the records, as SVG."""
+    panels = (
+        ("CPU seconds, services", "services_cpu_seconds"),
+        ("peak MB, services", "services_peak_rss_mb"),
+    )
+    drawn = "".join(
+        _panel(runs, label, name, 60 + number * 390) for number, (label, name) in enumerate(panels)
+    )
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" width="800" height="280" viewBox="0 0 800 280"'
+        ' font-family="sans-serif" font-size="12">\n'
+        f'<rect width="800" height="280" fill="#ffffff"/>\n{drawn}</svg>\n'
+    )
+
+
+def _panel(runs: Sequence[Result], label: str, name: str, left: float) -> str:
+    """One pair of axes from zero."""
+    width, height, top = 300.0, 190.0, 40.0
+    most_x = max(run["records"] for run in runs)
+    most_y = max(run[name] for run in runs)
+    bottom = top + height
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return left + width * x / most_x, bottom - height * y / most_y
+
+    places = [at(run["records"], run[name]) for run in runs]
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+    parts = [
+        f'<text x="{left}" y="24" font-size="14">{label}</text>',
+        f'<path d="M{left} {top} V{bottom} H{left + width}" fill="none" stroke="#555"/>',
+        f'<polyline points="{line}" fill="none" stroke="#c8792a" stroke-width="2"/>',
+    ]
+    for run, (x, y) in zip(runs, places, strict=True):
+        parts += [
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="#c8792a"/>',
+            f'<text x="{x - 6:.1f}" y="{y - 9:.1f}" text-anchor="end">{run[name]:,.0f}</text>',
+            f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">'
+            f"{run['records'] / 1000:,.0f}k</text>",
+        ]
+    parts.append(
+        f'<text x="{left + width / 2}" y="{bottom + 36}" text-anchor="middle">records</text>'
+    )
+    return "\n".join(parts) + "\n"
+
+
+_BODIES: Mapping[str, Callable[[Result], Iterator[str]]] = {
+    "features": _arms,
+    "latency": _latency,
+    "predictions": _arms,
+    "usage": _arms,
+    "mesh": _mesh,
+    "profiles": _profiles,
+}
+
+
+def main() -> None:
+    """Write the page and its plot."""
+    PAGE.write_text(page())
+    measured = newest("mesh")
+    if measured is not None:
+        PLOT.write_text(plot(measured["runs"]))
+
+
+if __name__ == "__main__":
+    main()

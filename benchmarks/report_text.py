@@ -1,0 +1,121 @@
+"""The words of docs/benchmarks.md: what each table compares, and what is not equal in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Target:
+    """An aim: our rate, or its ratio to a peer's, is at least `least`."""
+
+    said: str
+    benchmark: str
+    ours: str
+    least: float
+    peer: str | None = None
+
+
+_OURS = "causemesh features"
+TARGETS = (
+    Target("features: 200,000 events/s", "features", _OURS, 200_000),
+    Target(
+        "features: level with Kafka Streams, in memory, committing as often",
+        "features",
+        _OURS,
+        1.0,
+        "Kafka Streams, in memory, commit each 2 s",
+    ),
+    Target(
+        "features: level with Kafka Streams as it comes (RocksDB, a commit each 30 s)",
+        "features",
+        _OURS,
+        1.0,
+        "Kafka Streams, RocksDB",
+    ),
+    Target("features: 3 times Quix Streams", "features", _OURS, 3.0, "Quix Streams"),
+    Target("features: 40 times Faust", "features", _OURS, 40.0, "Faust"),
+    Target("billing: 100,000 usage records/s", "usage", "causemesh billing", 100_000),
+)
+
+HEAD = """\
+# Benchmarks
+
+Made by `make bench-docs` from the newest results in `benchmarks/results`; `make bench` measures.
+The peers are installed in an environment of their own (`requirements/bench.txt`; Kafka Streams from
+Maven Central, pinned by checksum). Arms run in turn, each in a fresh process on the same broker and
+data, and the turn is rotated each round. Figures are medians over rounds. A run counts after its
+first sixth, and only if its result is proven whole: state, rows and scores must sum to what was
+written.
+
+## Targets
+"""
+
+FEATURES = """\
+Count and sum by sensor over one hour of event time, from one partition of Avro readings (86 bytes
+each, lz4 batches) in the embedded Kafka, until the last one is in the state.
+
+Equal: topic, records, broker and machine, lz4, key and aggregates, and one thread of the peer's own
+that handles records. Every arm decodes Avro, and every arm's state can be rebuilt after a crash.
+
+Not equal:
+- Ours drops replays by their cause and answers any hour up to its last 5 minutes (12 tiles a key);
+  the peers keep one tumbling hour.
+- Ours commits state and position to Postgres about every two seconds. Kafka Streams as it comes
+  commits each 30 s, which is longer than a run: its state stays in its record cache, and no
+  changelog is written. So it is measured with a commit every two seconds, too.
+- Kafka Streams decodes only the two fields it needs. The JVM compiles and collects on other
+  threads: look at the CPU column.
+- Quix Streams and Faust read the first part of the topic only (see settings), for time's sake.
+
+"""
+
+LATENCY = """\
+Requests over the topics at a fixed rate, whether or not earlier ones were answered, through ingest,
+features, inference and Triton; each latency counts from the moment the request was due. The echo
+writes and reads bare records of 200 bytes on the same broker. The hops are between broker time
+stamps, which are whole milliseconds.
+
+"""
+
+PREDICTIONS = """\
+The same ONNX model everywhere, on one thread: 150 boosted trees over 19 columns.
+
+Not equal, in the peers' favour: the direct calls and FastAPI go from rows in memory to scores in
+memory. Ours reads tasks from Kafka, decodes them, drops replays, calls Triton, and writes one
+acknowledged prediction a task with its vector, cause and position. FastAPI's model runs in its own
+process, without Triton; its client shares the two cores with it.
+
+"""
+
+USAGE = """\
+Billing reads records from Kafka, decodes them, drops replays, meters them into hourly buckets by
+tenant with their position ranges, and commits buckets and position in one transaction. The bounds
+start from rows in memory and keep one row a record: they read no broker, decode nothing and
+aggregate nothing.
+
+"""
+
+MESH = """\
+The flights example, from raw events through features, predictions, reviews and drift to finalised
+invoices, two partitions a topic, all servers and services on the machine; `make demo`'s checks
+must pass. One run a size. The longer ones train a second model version on the way, while the replay
+waits. Processor time runs from ready to the end of the checks, so their recount is part of it.
+
+"""
+
+PROFILES = """\
+py-spy at 150 samples a second while a service works off a full topic; a sample counts for the
+first part its stack fits. Boxes: orange Causemesh, blue Polars and NumPy, grey the rest.
+
+"""
+
+SECTIONS = (
+    ("features", "Feature updates", FEATURES),
+    ("latency", "Request to prediction", LATENCY),
+    ("predictions", "Predictions", PREDICTIONS),
+    ("usage", "Metered usage", USAGE),
+    ("mesh", "The whole mesh", MESH),
+    ("profiles", "Where the time goes", PROFILES),
+)
+"""Results by name, the title they stand under, and the words before them."""

@@ -7,7 +7,7 @@ export POLARS_MAX_THREADS := 1
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: bench bench-docs bench-setup help setup test demo down unit pure simulation component chaos chaos-short e2e lint types imports rules docs lock clean
+.PHONY: help setup test demo down unit pure simulation component chaos chaos-short e2e lint types imports rules docs lock lock-images compose-env test-compose bench bench-docs bench-setup clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -49,6 +49,20 @@ chaos: $(STAMP) ## That, and the replay under kills, pauses and faults (CHAOS_SE
 e2e: $(STAMP) ## From flights to invoices, with services and servers killed on the way
 	$(BIN)/python -m pytest tests/e2e -v
 
+compose-env: ## Write .env and the secrets that docker-compose.yml needs, once
+	$(PYTHON) deploy/compose/prepare.py
+
+# Where no registry answers, this folder's scripts build stand-ins for the official images.
+COMPOSE_LAB ?= ../shared/compose-lab
+test-compose: $(STAMP) ## docker compose up, flights through it from outside, and down; needs Docker
+	@if [ -x $(COMPOSE_LAB)/engine.sh ]; then \
+	  $(COMPOSE_LAB)/engine.sh && DOCKER_BUILDKIT=0 COMPOSE_LAB=$(COMPOSE_LAB) \
+	    $(BIN)/python -m pytest tests/compose -v -s; \
+	else \
+	  echo "no compose-lab at $(COMPOSE_LAB): using this machine's Docker and its registries"; \
+	  $(BIN)/python -m pytest tests/compose -v -s; \
+	fi
+
 rules: $(STAMP) ## Alert rules and dashboards; fetches Debian's promtool if there is none
 	$(BIN)/python -m pytest tests/contract/test_observability.py -v
 
@@ -89,12 +103,22 @@ bench: bench-setup ## Measure beside peers, about 25 minutes on a quiet machine 
 bench-docs: $(STAMP) ## Make docs/benchmarks.md from the newest results
 	$(BIN)/python -m benchmarks.report
 
+LOCK := $(BIN)/uv pip compile --quiet --generate-hashes --no-header --no-emit-index-url --python-version 3.11
+# What an image installs is what the tests ran on: the same pins, fewer of them.
+IMAGE_LOCK := $(LOCK) --constraint requirements/dev.txt --extra cli --extra pulsar
+
 lock: $(STAMP) ## Pin every dependency with its hashes
-	$(BIN)/uv pip compile --quiet --generate-hashes --no-header --no-emit-index-url \
-	  --python-version 3.11 --extra inference --extra billing --extra pulsar --extra local --extra flights \
+	$(LOCK) --extra inference --extra billing --extra pulsar --extra local --extra flights \
 	  --extra dev pyproject.toml --output-file requirements/dev.txt
-	$(BIN)/uv pip compile --quiet --generate-hashes --no-header --no-emit-index-url \
-	  --python-version 3.11 requirements/bench.in --output-file requirements/bench.txt
+	$(LOCK) requirements/bench.in --output-file requirements/bench.txt
+	$(MAKE) --no-print-directory lock-images
+
+lock-images: $(STAMP) ## Pin what the images install, to the versions of requirements/dev.txt
+	$(IMAGE_LOCK) pyproject.toml --output-file requirements/runtime.txt
+	$(IMAGE_LOCK) --extra inference pyproject.toml --output-file requirements/inference.txt
+	$(IMAGE_LOCK) --extra billing pyproject.toml --output-file requirements/billing.txt
+	$(LOCK) requirements/build.in --output-file requirements/build.txt
+	$(LOCK) --no-deps --no-annotate requirements/triton-image.in --output-file requirements/triton-image.txt
 
 clean: ## Remove the environment and local data
 	rm -rf $(VENV) .causemesh .causemesh-test*

@@ -26,7 +26,10 @@ BusName = Literal["kafka", "pulsar"]
 class ServiceSettings(BaseSettings):
     """Common settings; a service adds its own fields. The defaults fit the embedded cluster."""
 
-    model_config = SettingsConfigDict(env_prefix="CAUSEMESH_", extra="ignore")
+    # `CAUSEMESH_PARTITIONS=` in an environment file is no value, not an empty one.
+    model_config = SettingsConfigDict(
+        env_prefix="CAUSEMESH_", extra="ignore", env_ignore_empty=True
+    )
 
     bus: BusName = "kafka"
     kafka_bootstrap: str = "127.0.0.1:19092"

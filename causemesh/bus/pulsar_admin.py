@@ -11,12 +11,14 @@ from urllib.parse import quote
 
 import httpx
 import pulsar  # type: ignore[import-untyped]
+import structlog
 
 from causemesh.bus.base import BEFORE_FIRST, TopicPartition
 from causemesh.bus.pulsar_ids import packed_one
 from causemesh.catalogue import Topic
 from causemesh.errors import Fatal, Misdeclared, Retryable
 
+_log = structlog.get_logger(__name__)
 _NAMESPACE = "persistent/public/default"
 _GROUPS = "causemesh.group."
 _SUBSCRIPTION = "members"
@@ -162,7 +164,11 @@ class PulsarMembership:
     async def changed(self) -> frozenset[int]:
         """See `Membership.changed`."""
         while not self._consumers:
-            await self._join()
+            try:
+                await self._join()
+            except Retryable as error:  # busy or away: that ends no service that waits to begin
+                _log.warning("joining_again", group=self._group, reason=str(error))
+                await asyncio.sleep(error.retry_after)
         while True:
             members = dict.fromkeys(self._consumers, self._name)
             # While the broker is away all stays as it was: the position store's fence protects.

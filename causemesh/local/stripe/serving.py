@@ -29,10 +29,10 @@ class _DroppingProtocol(H11Protocol):
         self.app = with_drop
 
 
-def make_server(app: FastAPI, port: int) -> uvicorn.Server:
-    """A server of the stand-in on 127.0.0.1, not yet running."""
+def make_server(app: FastAPI, port: int, host: str = HOST) -> uvicorn.Server:
+    """A server of the stand-in, not yet running; other machines reach it only on another `host`."""
     config = uvicorn.Config(
-        app, host=HOST, port=port, http=_DroppingProtocol, ws="none", access_log=False
+        app, host=host, port=port, http=_DroppingProtocol, ws="none", access_log=False
     )
     return uvicorn.Server(config)
 

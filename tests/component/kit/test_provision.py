@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +17,14 @@ import pytest
 from causemesh.bus.kafka import KafkaBus
 from causemesh.catalogue import Catalogue
 from causemesh.codec.registry import HttpRegistry
-from causemesh.errors import Misdeclared
-from causemesh.provision import create_topics, register
+from causemesh.errors import Misdeclared, Retryable
+from causemesh.local import Endpoints
+from causemesh.provision import create_topics, provision, register
+from causemesh.settings import ServiceSettings
 
 pytestmark = pytest.mark.servers
-CATALOGUE = Catalogue.load([Path(__file__).parents[2] / "project"])
+PROJECT = Path(__file__).parents[2] / "project"
+CATALOGUE = Catalogue.load([PROJECT])
 
 
 @pytest.fixture
@@ -63,3 +70,37 @@ async def test_creating_topics_again_creates_none(kafka_bootstrap: str) -> None:
     assert {name for name, _ in ends} == set(CATALOGUE.topics)
     await admin.close()
     await bus.close()
+
+
+def provisioned(cluster: Endpoints, **changed: str) -> subprocess.CompletedProcess[str]:
+    """Run the module as the one-shot of a deployment does."""
+    environment = {
+        **os.environ,
+        **cluster.environment(),
+        "CAUSEMESH_PROJECT": str(PROJECT),
+        **changed,
+    }
+    command = [sys.executable, "-m", "causemesh.provision"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_module_provisions_what_the_environment_names(cluster: Endpoints) -> None:
+    for _ in range(2):
+        ended = provisioned(cluster)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        said = json.loads(ended.stdout.splitlines()[-1])
+        assert said["event"] == "provisioned"
+        assert said["subjects"] == len(CATALOGUE.topics) + len(CATALOGUE.controls)
+    assert said["topics_created"] == 0
+
+
+def test_the_module_ends_with_the_reason(cluster: Endpoints) -> None:
+    ended = provisioned(cluster, CAUSEMESH_PROJECT="/nowhere")
+    assert ended.returncode == 1
+    assert json.loads(ended.stdout.splitlines()[-1])["event"] == "provisioning_failed"
+
+
+async def test_waiting_for_servers_ends(registry_url: str) -> None:
+    settings = ServiceSettings(kafka_bootstrap="127.0.0.1:1", registry_url=registry_url)
+    with pytest.raises(Retryable):
+        await provision(settings, attempts=2)

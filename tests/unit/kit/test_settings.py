@@ -10,6 +10,7 @@ from pydantic import SecretStr, ValidationError
 from causemesh.catalogue import SERVICES
 from causemesh.errors import Misdeclared
 from causemesh.settings import API_PORTS, ServiceSettings
+from services.billing.settings import BillingSettings
 
 
 def settings(**told: object) -> ServiceSettings:
@@ -51,6 +52,14 @@ def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         7,
         "elsewhere:9092",
     )
+
+
+def test_an_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PARTITIONS", "STRIPE_URL", "STRIPE_KEY"):
+        monkeypatch.setenv(f"CAUSEMESH_{name}", "")
+    assert ServiceSettings().partitions is None
+    with pytest.raises(Misdeclared, match="set CAUSEMESH_STRIPE_KEY"):
+        BillingSettings().payments_key()
 
 
 @pytest.mark.parametrize(

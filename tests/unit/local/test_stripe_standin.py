@@ -544,17 +544,18 @@ def test_calls_are_counted_and_faults_closed_unless_asked(tmp_path: Path) -> Non
 
 
 @contextmanager
-def process(data: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """`python -m causemesh.local.stripe`, as `causemesh up` runs it."""
+def process(data: Path, host: str = "") -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """`python -m causemesh.local.stripe`, as `causemesh up` runs it, or with another host."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     argv = [sys.executable, "-m", "causemesh.local.stripe", "--port", str(port)]
+    argv += ["--host", host] if host else []
     with (data.parent / "log").open("ab") as log:
         running = subprocess.Popen(
             argv, env={**os.environ, "CAUSEMESH_STRIPE_DATA": str(data)}, stdout=log, stderr=log
         )
-    url = f"http://127.0.0.1:{port}"
+    url = f"http://{host or '127.0.0.1'}:{port}"
     try:
         _wait_until_it_answers(url, running)
         yield url, running
@@ -574,6 +575,14 @@ def _wait_until_it_answers(url: str, running: subprocess.Popen[bytes]) -> None:
             time.sleep(0.05)
         else:
             return
+
+
+def test_it_listens_on_the_host_it_is_told_and_no_other(tmp_path: Path) -> None:
+    for host, other in (("", "127.0.0.2"), ("127.0.0.2", "127.0.0.1")):
+        with process(tmp_path / f"data{host}.db", host) as (url, _):
+            port = url.rsplit(":", 1)[1]
+            with pytest.raises(httpx.ConnectError):
+                httpx.get(f"http://{other}:{port}/v1/customers", timeout=1)
 
 
 async def _write_until_killed(

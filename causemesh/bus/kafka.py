@@ -5,7 +5,7 @@ never commits; a member subscribes only to own partition numbers, keeps all of t
 commits offsets for lag dashboards. So a rebalance can't move a reader's position, and the position
 store alone says where to begin.
 
-Producing is in `kafka_producer`.
+See `kafka_reader` and `kafka_producer`.
 """
 
 from __future__ import annotations
@@ -15,22 +15,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import numpy as np
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener
 from aiokafka import TopicPartition as KafkaPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.coordinator.assignors.range import RangePartitionAssignor
-from aiokafka.errors import KafkaError, OffsetOutOfRangeError
+from aiokafka.errors import KafkaError
 from aiokafka.structs import OffsetAndMetadata
 
-from causemesh.bus.base import BEFORE_FIRST, TRACEPARENT, RawBatch, TopicPartition
+from causemesh.bus.base import TopicPartition
 from causemesh.bus.kafka_clients import started
 from causemesh.bus.kafka_producer import KafkaProducer
+from causemesh.bus.kafka_reader import KafkaReader
 from causemesh.catalogue import Topic
 from causemesh.errors import Fatal, Misdeclared, Retryable
 
 _KEEP_ALIVE_MS = 500
-_TAKEN_S = 3_600.0
 _KNOWN_ATTEMPTS, _KNOWN_WAIT_S = 50, 0.2
 _METADATA_MS = 10_000  # how soon a member notices topics and partitions that changed
 _ALREADY_EXISTS = 36
@@ -64,85 +63,6 @@ class KafkaBus:
 
     async def close(self) -> None:
         """Nothing is held."""
-
-
-class KafkaReader:
-    """See `Reader`."""
-
-    def __init__(self, bootstrap: str, after: Mapping[TopicPartition, int]) -> None:
-        self._after = dict(after)
-        self._bootstrap = bootstrap
-        self._consumer: Any = None
-
-    async def fetch(self, max_records: int, max_wait_s: float) -> list[RawBatch]:
-        """See `Reader.fetch`. Raises Fatal when the log no longer holds the position asked for."""
-        if self._consumer is None:
-            self._consumer = await self._open()
-        try:
-            fetched = await self._consumer.getmany(
-                timeout_ms=int(max_wait_s * 1000), max_records=max_records
-            )
-        except OffsetOutOfRangeError as error:
-            raise Fatal(
-                f"the log no longer holds the stored position: {error}; retention is shorter than"
-                " the time this service was away"
-            ) from error
-        except KafkaError as error:
-            raise Retryable(f"reading failed: {error!r}") from error
-        return [_raw(source, records) for source, records in fetched.items() if records]
-
-    async def _open(self) -> Any:
-        consumer = AIOKafkaConsumer(
-            bootstrap_servers=self._bootstrap,
-            group_id=None,
-            enable_auto_commit=False,
-            auto_offset_reset="none",
-            max_partition_fetch_bytes=4 << 20,
-            fetch_max_wait_ms=500,
-        )
-        await started(consumer)
-        # After this time aiokafka asks without the partitions whose data was not taken yet, and
-        # what comes on those must wait until that request has: up to `fetch_max_wait_ms`, while one
-        # unit of work is long and the other topics are quiet. We always take all there is.
-        consumer._fetcher._prefetch_backoff = _TAKEN_S
-        partitions = {key: KafkaPartition(*key) for key in self._after}
-        consumer.assign(list(partitions.values()))
-        fresh = [partitions[key] for key, at in self._after.items() if at == BEFORE_FIRST]
-        try:
-            if fresh:
-                await consumer.seek_to_beginning(*fresh)
-        except BaseException as error:
-            await consumer.stop()
-            if isinstance(error, KafkaError):
-                raise Retryable(f"seeking failed: {error!r}") from error
-            raise
-        for key, at in self._after.items():
-            if at != BEFORE_FIRST:
-                consumer.seek(partitions[key], at + 1)
-        return consumer
-
-    async def close(self) -> None:
-        """See `Reader.close`."""
-        if self._consumer is not None:
-            consumer, self._consumer = self._consumer, None
-            await consumer.stop()
-
-
-def _raw(source: Any, records: Sequence[Any]) -> RawBatch:
-    count = len(records)
-    return RawBatch(
-        source.topic,
-        source.partition,
-        np.fromiter((record.offset for record in records), dtype=np.int64, count=count),
-        [record.key for record in records],
-        [record.value for record in records],
-        np.fromiter((record.timestamp for record in records), dtype=np.int64, count=count) * 1000,
-        _traceparents([record.headers for record in records]),
-    )
-
-
-def _traceparents(headers: Sequence[Sequence[tuple[str, bytes]]]) -> list[bytes | None] | None:
-    return [dict(one).get(TRACEPARENT) for one in headers] if any(headers) else None
 
 
 class KafkaMembership(ConsumerRebalanceListener):  # type: ignore[misc]

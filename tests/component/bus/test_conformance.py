@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
+from aiokafka import AIOKafkaConsumer, ConsumerRecord
+from aiokafka import TopicPartition as KafkaPartition
 
 from causemesh.bus.base import BEFORE_FIRST, Bus, Outbound
 from causemesh.bus.kafka import KafkaBus
@@ -303,11 +305,41 @@ async def test_a_busy_partition_does_not_wait_for_quiet_ones(
 ) -> None:
     """The control arm leaves aiokafka its 0.1 s, after which it asks the quiet ones alone."""
     if not patient:
-        monkeypatch.setattr("causemesh.bus.kafka._TAKEN_S", 0.1)
+        monkeypatch.setattr("causemesh.bus.kafka_reader._TAKEN_S", 0.1)
     bus, topic = KafkaBus(kafka_bootstrap), f"conformance.{uuid.uuid4().hex}"
     admin = bus.admin()
     await admin.ensure([declared(topic)])
     await admin.close()
     waited = await longest_wait(bus, topic, 0.15, 12)
     assert (waited < 0.25) == patient, f"{waited:.3f} s"
+    await bus.close()
+
+
+@pytest.mark.servers
+async def test_records_are_not_copied_one_by_one(
+    kafka_bootstrap: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """aiokafka makes no object of its own a record for us; the control arm is its own reading."""
+    made: list[object] = []
+
+    def counted(*fields: object) -> object:
+        made.append(fields)
+        return ConsumerRecord(*fields)
+
+    monkeypatch.setattr("aiokafka.consumer.fetcher.ConsumerRecord", counted)
+    bus, topic = KafkaBus(kafka_bootstrap), f"conformance.{uuid.uuid4().hex}"
+    admin = bus.admin()
+    await admin.ensure([declared(topic)])
+    await admin.close()
+    await write(bus, topic, 1, [b"a", b"b", b"c"])
+    found = await read(bus, {(topic, 1): BEFORE_FIRST}, 3)
+    assert [value for _, value in found[(topic, 1)]] == [b"a", b"b", b"c"]
+    assert not made
+    consumer = AIOKafkaConsumer(bootstrap_servers=kafka_bootstrap, group_id=None)
+    await consumer.start()
+    consumer.assign([KafkaPartition(topic, 1)])
+    await consumer.seek_to_beginning()
+    assert (await consumer.getone()).value == b"a"
+    await consumer.stop()
+    assert made
     await bus.close()

@@ -58,6 +58,8 @@ class Metrics:
         self._replays = self._counter("replays", "Records dropped as replays.")
         self._dead = self._counter("dead_letters", "Records sent to the dead letters.")
         self._sent = self._counter("sent", "Records sent.")
+        self._topic_records = self._topic_counter("topic_records", "Records read, by topic.")
+        self._topic_sent = self._topic_counter("topic_sent", "Records sent, by topic.")
         self._batch = Histogram(
             "causemesh_batch_records",
             "Records a unit of work.",
@@ -94,6 +96,9 @@ class Metrics:
     def _counter(self, name: str, about: str) -> Counter:
         return Counter(f"causemesh_{name}", about, _GROUP, registry=self.registry)
 
+    def _topic_counter(self, name: str, about: str) -> Counter:
+        return Counter(f"causemesh_{name}", about, ("group", "topic"), registry=self.registry)
+
     def unit_done(self, stage: Stage, partition: int, report: UnitReport) -> None:
         """See `Observer.unit_done`."""
         at = (stage.group, str(partition))
@@ -101,6 +106,10 @@ class Metrics:
         self._replays.labels(*at).inc(report.replays)
         self._dead.labels(*at).inc(report.dead)
         self._sent.labels(*at).inc(report.sent)
+        for topic, count in report.records_of.items():
+            self._topic_records.labels(stage.group, topic).inc(count)
+        for topic, count in report.sent_to.items():
+            self._topic_sent.labels(stage.group, topic).inc(count)
         self._batch.labels(stage.group).observe(report.records)
         self._latency.labels(stage.group).observe(report.seconds)
         if report.watermark_us != NEVER:

@@ -80,6 +80,9 @@ def test_units_of_work_are_counted() -> None:
     metrics = Metrics()
     metrics.unit_done(STAGE, 2, UnitReport(10, 1, 2, 7, 0.02, 5_000_000))
     metrics.unit_done(STAGE, 2, UnitReport(5, 0, 0, 5, 0.3, 6_000_000))
+    by_topic = ({"inbox.t": 4, "inbox.u": 1}, {"events.t": 4})
+    metrics.unit_done(STAGE, 0, UnitReport(5, 0, 0, 4, 0.3, 6_000_000, *by_topic))
+    metrics.unit_done(STAGE, 1, UnitReport(5, 0, 0, 4, 0.3, 6_000_000, *by_topic))
     metrics.lag("door", ("inbox.t", 2), 41)
     metrics.outcomes.labels("reject", "late").inc(3)
     found = exposed(metrics)
@@ -89,7 +92,10 @@ def test_units_of_work_are_counted() -> None:
     assert found[f"causemesh_dead_letters_total{at}"] == 2
     assert found[f"causemesh_sent_total{at}"] == 12
     assert found[f"causemesh_watermark_seconds{at}"] == 6
-    assert found['causemesh_batch_records_count{group="door"}'] == 2
+    assert found['causemesh_topic_records_total{group="door",topic="inbox.t"}'] == 8
+    assert found['causemesh_topic_records_total{group="door",topic="inbox.u"}'] == 2
+    assert found['causemesh_topic_sent_total{group="door",topic="events.t"}'] == 8
+    assert found['causemesh_batch_records_count{group="door"}'] == 4
     assert found['causemesh_unit_seconds_bucket{group="door",le="0.025"}'] == 1
     assert found['causemesh_lag_records{group="door",partition="2",topic="inbox.t"}'] == 41
     assert found['causemesh_outcomes_total{kind="reject",outcome="late"}'] == 3

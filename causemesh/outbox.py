@@ -59,6 +59,8 @@ outbox_rows = sa.Table(
     sa.Column("origin_topic", sa.Text),
     sa.Column("origin_partition", sa.Integer),
     sa.Column("origin_position", sa.BigInteger),
+    sa.Column("traceparent", sa.Text),
+    sa.Column("added_at", sa.DateTime(timezone=True), server_default=sa.func.now(), nullable=False),
 )
 
 

@@ -86,6 +86,10 @@ class Metrics:
             ("group", "topic", "partition"),
             registry=self.registry,
         )
+        self._outbox_rows = self._gauge("outbox_rows", "Rows of the outbox that were not sent yet.")
+        self._outbox_oldest = self._gauge(
+            "outbox_oldest_seconds", "Age of the oldest row of the outbox that was not sent yet."
+        )
         self.outcomes = Counter(
             "causemesh_outcomes",
             "Decisions by kind: outcomes, rejects by reason, reviews, alerts.",
@@ -98,6 +102,9 @@ class Metrics:
 
     def _topic_counter(self, name: str, about: str) -> Counter:
         return Counter(f"causemesh_{name}", about, ("group", "topic"), registry=self.registry)
+
+    def _gauge(self, name: str, about: str) -> Gauge:
+        return Gauge(f"causemesh_{name}", about, registry=self.registry)
 
     def unit_done(self, stage: Stage, partition: int, report: UnitReport) -> None:
         """See `Observer.unit_done`."""
@@ -118,3 +125,8 @@ class Metrics:
     def lag(self, group: str, source: TopicPartition, records: int) -> None:
         """Note how far behind its log a worker is."""
         self._lag.labels(group, source[0], str(source[1])).set(records)
+
+    def outbox(self, rows: int, oldest_s: float) -> None:
+        """Note what waits in the outbox."""
+        self._outbox_rows.set(rows)
+        self._outbox_oldest.set(oldest_s)

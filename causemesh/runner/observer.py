@@ -13,7 +13,8 @@ from causemesh.runner.stage import Stage
 class UnitReport:
     """One finished unit of work. `seconds` spans decode to commit; `watermark_us` may be NEVER.
 
-    `records_of` and `sent_to` are `records` and `sent` by topic.
+    `records_of` and `sent_to` are `records` and `sent` by topic. `exemplar` is the trace_id and
+    span_id of one of its records; None when none was traced.
     """
 
     records: int
@@ -24,6 +25,7 @@ class UnitReport:
     watermark_us: int
     records_of: Mapping[str, int] = field(default_factory=dict)
     sent_to: Mapping[str, int] = field(default_factory=dict)
+    exemplar: Mapping[str, str] | None = None
 
 
 class Observer(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import structlog
@@ -13,6 +14,7 @@ from causemesh.bus.base import TopicPartition
 from causemesh.runner.batch import NEVER
 from causemesh.runner.observer import UnitReport
 from causemesh.runner.stage import Stage
+from causemesh.spans import trace_ids
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _RECORDS = (1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000)
@@ -22,10 +24,12 @@ _GROUP = ("group", "partition")
 def configure_logging(service: str, *, level: str = "info", form: str = "json") -> None:
     """One JSON object a line on standard output (or readable lines with `form` "console").
 
-    Log lines of libraries go the same way, from warnings on.
+    Log lines of libraries go the same way, from warnings on. A line of a traced unit or call has
+    its trace_id and span_id.
     """
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
+        _with_trace,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.format_exc_info,
@@ -47,6 +51,13 @@ def configure_logging(service: str, *, level: str = "info", form: str = "json") 
         )
     )
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+
+
+def _with_trace(logger: Any, method: str, line: MutableMapping[str, Any]) -> Mapping[str, Any]:
+    ids = trace_ids()
+    if ids is not None:
+        line.update(ids)
+    return line
 
 
 class Metrics:
@@ -71,6 +82,13 @@ class Metrics:
             "causemesh_unit_seconds",
             "Seconds from fetched to committed.",
             ("group",),
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self._calls = Histogram(
+            "causemesh_request_seconds",
+            "Seconds of a call at the door, from its body read to its answer known.",
+            ("route", "status"),
             buckets=_SECONDS,
             registry=self.registry,
         )
@@ -118,9 +136,17 @@ class Metrics:
         for topic, count in report.sent_to.items():
             self._topic_sent.labels(stage.group, topic).inc(count)
         self._batch.labels(stage.group).observe(report.records)
-        self._latency.labels(stage.group).observe(report.seconds)
+        exemplar = None if report.exemplar is None else dict(report.exemplar)
+        self._latency.labels(stage.group).observe(report.seconds, exemplar)
         if report.watermark_us != NEVER:
             self._watermark.labels(*at).set(report.watermark_us / 1e6)
+
+    def call_done(
+        self, route: str, status: int, seconds: float, exemplar: Mapping[str, str] | None
+    ) -> None:
+        """See `DoorSpans`."""
+        named = None if exemplar is None else dict(exemplar)
+        self._calls.labels(route, str(status)).observe(seconds, named)
 
     def lag(self, group: str, source: TopicPartition, records: int) -> None:
         """Note how far behind its log a worker is."""

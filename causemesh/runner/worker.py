@@ -138,6 +138,7 @@ class PartitionWorker:
                 self.watermarks.least(),
                 _by_topic(raws),
                 self._sent,
+                self._spans.exemplar,
             )
             self._observer.unit_done(self.stage, self.partition, report)
         return max(map(len, raws), default=0)

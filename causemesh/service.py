@@ -35,6 +35,7 @@ from causemesh.positions_sql import SqlPositionStore
 from causemesh.runner import Emitter, Limits, PartitionWorker, Processor, Runner, Stage
 from causemesh.settings import API_PORTS, ServiceSettings
 from causemesh.spans import UnitSpans, tracer_provider
+from causemesh.spans_sending import OutboxSpans
 from causemesh.telemetry import Metrics, configure_logging
 
 _log = structlog.get_logger(__name__)
@@ -133,7 +134,10 @@ class Service:
     def outbox(self, writes: Sequence[str]) -> OutboxDrain:
         """The drain of this service's outbox to `writes`; run it as a task of `serve`."""
         self._outbox = True
-        return OutboxDrain(self.name, self.engine, self.catalogue, self.emitter(writes))
+        spans = OutboxSpans(self.tracer, self.settings.bus)
+        return OutboxDrain(
+            self.name, self.engine, self.catalogue, self.emitter(writes), spans=spans
+        )
 
     async def serve(
         self,

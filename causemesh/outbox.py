@@ -29,6 +29,8 @@ from causemesh.faultpoints import Point, reach
 from causemesh.periodic import repeat
 from causemesh.runner.batch import Outgoing
 from causemesh.runner.emitter import Emitter
+from causemesh.spans import context_of
+from causemesh.spans_sending import OutboxSpans
 from causemesh.sql import database_errors, metadata
 
 _log = structlog.get_logger(__name__)
@@ -59,6 +61,8 @@ outbox_rows = sa.Table(
     sa.Column("origin_topic", sa.Text),
     sa.Column("origin_partition", sa.Integer),
     sa.Column("origin_position", sa.BigInteger),
+    sa.Column("traceparent", sa.Text),
+    sa.Column("added_at", sa.DateTime(timezone=True), server_default=sa.func.now(), nullable=False),
 )
 
 
@@ -68,12 +72,15 @@ class Event:
 
     `record` holds the topic's fields but event_id and cause; instants as integers (microseconds).
     `origin` is the topic record (topic, partition, position) that led to it; None for the API.
+    `traceparent` is the W3C trace context it goes on with; that of its origin, where the unit in
+    progress traces it, unless given.
     """
 
     topic: str
     key: str | None
     record: Mapping[str, Any]
     origin: tuple[str, int, int] | None = None
+    traceparent: bytes | None = None
 
 
 async def add_events(
@@ -100,6 +107,7 @@ async def add_events(
             "origin_topic": event.origin and event.origin[0],
             "origin_partition": event.origin and event.origin[1],
             "origin_position": event.origin and event.origin[2],
+            "traceparent": _text(event.traceparent or context_of(event.origin)),
         }
         for number, event in enumerate(events, 1)
     ]
@@ -108,16 +116,27 @@ async def add_events(
     await connection.execute(drained)
 
 
+def _text(context: bytes | None) -> str | None:
+    return None if context is None else context.decode("ascii", "replace")
+
+
 class OutboxDrain:
     """Sends outbox rows in order; any number of processes may run one."""
 
     def __init__(
-        self, service: str, engine: AsyncEngine, catalogue: Catalogue, emitter: Emitter
+        self,
+        service: str,
+        engine: AsyncEngine,
+        catalogue: Catalogue,
+        emitter: Emitter,
+        *,
+        spans: OutboxSpans | None = None,
     ) -> None:
         self._cause_topic = f"outbox.{service}"
         self._engine = engine
         self._catalogue = catalogue
         self._emitter = emitter
+        self._spans = spans or OutboxSpans(None, "")
 
     async def run(self) -> None:
         """Drain until cancelled; waits for a broker or database that is away."""
@@ -148,7 +167,9 @@ class OutboxDrain:
             if not found:
                 return 0
             reach(Point.OUTBOX_READ)
-            await self._emitter.send(self._outgoing(shard, found), {})
+            with self._spans.sending(_traced(found)) as contexts:
+                traces = {(self._cause_topic, shard): contexts} if contexts else None
+                await self._emitter.send(self._outgoing(shard, found), {}, traces)
             reach(Point.OUTBOX_SENT)
             last = found[-1]["row_number"]
             await connection.execute(
@@ -190,6 +211,15 @@ class OutboxDrain:
             np.array([row["row_number"] for row in rows], dtype=np.int64),
             origins=pl.Series(origins, dtype=shape),
         )
+
+
+def _traced(rows: Sequence[Any]) -> dict[int, tuple[str, bytes]]:
+    """Topic and context of the rows that are traced."""
+    return {
+        row["row_number"]: (row["topic"], row["traceparent"].encode())
+        for row in rows
+        if row["traceparent"] is not None
+    }
 
 
 def records_frame(record: Schema, rows: Sequence[Mapping[str, Any]]) -> pl.DataFrame:

@@ -30,14 +30,17 @@ from causemesh.errors import Fatal, MeshError, Misdeclared, Retryable
 from causemesh.faultpoints import arm
 from causemesh.migrations import migrate
 from causemesh.outbox import OutboxDrain
+from causemesh.outbox_backlog import backlog
+from causemesh.periodic import repeat
 from causemesh.positions_sql import SqlPositionStore
 from causemesh.runner import Emitter, Limits, PartitionWorker, Processor, Runner, Stage
 from causemesh.settings import API_PORTS, ServiceSettings
 from causemesh.spans import UnitSpans, tracer_provider
+from causemesh.spans_sending import OutboxSpans
 from causemesh.telemetry import Metrics, configure_logging
 
 _log = structlog.get_logger(__name__)
-_LAG_S = 5.0
+_WATCH_S = 5.0
 _START_ATTEMPTS = 30
 
 
@@ -76,6 +79,7 @@ class Service:
         self._stages: list[Stage] = []
         self._topics: set[str] = set()
         self._producers: list[Producer] = []
+        self._outbox = False
 
     def emitter(self, writes: Sequence[str]) -> Emitter:
         """Sends to declared topics. Raises Misdeclared when this service may not write one."""
@@ -130,7 +134,11 @@ class Service:
 
     def outbox(self, writes: Sequence[str]) -> OutboxDrain:
         """The drain of this service's outbox to `writes`; run it as a task of `serve`."""
-        return OutboxDrain(self.name, self.engine, self.catalogue, self.emitter(writes))
+        self._outbox = True
+        spans = OutboxSpans(self.tracer, self.settings.bus)
+        return OutboxDrain(
+            self.name, self.engine, self.catalogue, self.emitter(writes), spans=spans
+        )
 
     async def serve(
         self,
@@ -148,7 +156,7 @@ class Service:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
         running = [asyncio.create_task(runner.run()) for runner in self.runners]
-        background = [asyncio.create_task(task()) for task in [*tasks, self._watch_lag]]
+        background = [asyncio.create_task(task()) for task in [*tasks, *self._watches()]]
         web = asyncio.create_task(server.serve())
         stopping = asyncio.create_task(stop.wait())
         _log.info("service_started", port=server.config.port)
@@ -202,11 +210,21 @@ class Service:
         finally:
             await admin.close()
 
+    def _watches(self) -> list[Callable[[], Coroutine[Any, Any, None]]]:
+        return [self._watch_lag, self._watch_outbox] if self._outbox else [self._watch_lag]
+
+    async def _watch_outbox(self) -> None:
+        await repeat("outbox_backlog", self._note_backlog, self.clock, _WATCH_S)
+
+    async def _note_backlog(self) -> None:
+        waiting = await backlog(self.engine)
+        self.metrics.outbox(waiting.rows, waiting.oldest_s)
+
     async def _watch_lag(self) -> None:
         admin = self.bus.admin()
         try:
             while True:
-                await asyncio.sleep(_LAG_S)
+                await asyncio.sleep(_WATCH_S)
                 with suppress(Retryable):  # the runners report a broker that is away
                     await self._note_lag(admin)
         finally:

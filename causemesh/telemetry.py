@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import structlog
@@ -13,6 +14,7 @@ from causemesh.bus.base import TopicPartition
 from causemesh.runner.batch import NEVER
 from causemesh.runner.observer import UnitReport
 from causemesh.runner.stage import Stage
+from causemesh.spans import trace_ids
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _RECORDS = (1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000)
@@ -22,10 +24,12 @@ _GROUP = ("group", "partition")
 def configure_logging(service: str, *, level: str = "info", form: str = "json") -> None:
     """One JSON object a line on standard output (or readable lines with `form` "console").
 
-    Log lines of libraries go the same way, from warnings on.
+    Log lines of libraries go the same way, from warnings on. A line of a traced unit or call has
+    its trace_id and span_id.
     """
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
+        _with_trace,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.format_exc_info,
@@ -49,6 +53,13 @@ def configure_logging(service: str, *, level: str = "info", form: str = "json") 
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
 
 
+def _with_trace(logger: Any, method: str, line: MutableMapping[str, Any]) -> Mapping[str, Any]:
+    ids = trace_ids()
+    if ids is not None:
+        line.update(ids)
+    return line
+
+
 class Metrics:
     """A service's metrics, in a registry of their own; see `Observer`."""
 
@@ -58,6 +69,8 @@ class Metrics:
         self._replays = self._counter("replays", "Records dropped as replays.")
         self._dead = self._counter("dead_letters", "Records sent to the dead letters.")
         self._sent = self._counter("sent", "Records sent.")
+        self._topic_records = self._topic_counter("topic_records", "Records read, by topic.")
+        self._topic_sent = self._topic_counter("topic_sent", "Records sent, by topic.")
         self._batch = Histogram(
             "causemesh_batch_records",
             "Records a unit of work.",
@@ -69,6 +82,13 @@ class Metrics:
             "causemesh_unit_seconds",
             "Seconds from fetched to committed.",
             ("group",),
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self._calls = Histogram(
+            "causemesh_request_seconds",
+            "Seconds of a call at the door, from its body read to its answer known.",
+            ("route", "status"),
             buckets=_SECONDS,
             registry=self.registry,
         )
@@ -84,6 +104,10 @@ class Metrics:
             ("group", "topic", "partition"),
             registry=self.registry,
         )
+        self._outbox_rows = self._gauge("outbox_rows", "Rows of the outbox that were not sent yet.")
+        self._outbox_oldest = self._gauge(
+            "outbox_oldest_seconds", "Age of the oldest row of the outbox that was not sent yet."
+        )
         self.outcomes = Counter(
             "causemesh_outcomes",
             "Decisions by kind: outcomes, rejects by reason, reviews, alerts.",
@@ -94,6 +118,12 @@ class Metrics:
     def _counter(self, name: str, about: str) -> Counter:
         return Counter(f"causemesh_{name}", about, _GROUP, registry=self.registry)
 
+    def _topic_counter(self, name: str, about: str) -> Counter:
+        return Counter(f"causemesh_{name}", about, ("group", "topic"), registry=self.registry)
+
+    def _gauge(self, name: str, about: str) -> Gauge:
+        return Gauge(f"causemesh_{name}", about, registry=self.registry)
+
     def unit_done(self, stage: Stage, partition: int, report: UnitReport) -> None:
         """See `Observer.unit_done`."""
         at = (stage.group, str(partition))
@@ -101,11 +131,28 @@ class Metrics:
         self._replays.labels(*at).inc(report.replays)
         self._dead.labels(*at).inc(report.dead)
         self._sent.labels(*at).inc(report.sent)
+        for topic, count in report.records_of.items():
+            self._topic_records.labels(stage.group, topic).inc(count)
+        for topic, count in report.sent_to.items():
+            self._topic_sent.labels(stage.group, topic).inc(count)
         self._batch.labels(stage.group).observe(report.records)
-        self._latency.labels(stage.group).observe(report.seconds)
+        exemplar = None if report.exemplar is None else dict(report.exemplar)
+        self._latency.labels(stage.group).observe(report.seconds, exemplar)
         if report.watermark_us != NEVER:
             self._watermark.labels(*at).set(report.watermark_us / 1e6)
+
+    def call_done(
+        self, route: str, status: int, seconds: float, exemplar: Mapping[str, str] | None
+    ) -> None:
+        """See `DoorSpans`."""
+        named = None if exemplar is None else dict(exemplar)
+        self._calls.labels(route, str(status)).observe(seconds, named)
 
     def lag(self, group: str, source: TopicPartition, records: int) -> None:
         """Note how far behind its log a worker is."""
         self._lag.labels(group, source[0], str(source[1])).set(records)
+
+    def outbox(self, rows: int, oldest_s: float) -> None:
+        """Note what waits in the outbox."""
+        self._outbox_rows.set(rows)
+        self._outbox_oldest.set(oldest_s)

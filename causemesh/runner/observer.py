@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from causemesh.runner.stage import Stage
@@ -10,7 +11,11 @@ from causemesh.runner.stage import Stage
 
 @dataclass(frozen=True)
 class UnitReport:
-    """One finished unit of work. `seconds` spans decode to commit; `watermark_us` may be NEVER."""
+    """One finished unit of work. `seconds` spans decode to commit; `watermark_us` may be NEVER.
+
+    `records_of` and `sent_to` are `records` and `sent` by topic. `exemplar` is the trace_id and
+    span_id of one of its records; None when none was traced.
+    """
 
     records: int
     replays: int
@@ -18,6 +23,9 @@ class UnitReport:
     sent: int
     seconds: float
     watermark_us: int
+    records_of: Mapping[str, int] = field(default_factory=dict)
+    sent_to: Mapping[str, int] = field(default_factory=dict)
+    exemplar: Mapping[str, str] | None = None
 
 
 class Observer(Protocol):

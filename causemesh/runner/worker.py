@@ -14,15 +14,15 @@ send stops the worker: it starts over from the stored position and never skips.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from causemesh.bus.base import BEFORE_FIRST, Bus, Reader, TopicPartition
+from causemesh.bus.base import BEFORE_FIRST, Bus, RawBatch, Reader, TopicPartition
 from causemesh.catalogue import Catalogue
 from causemesh.clock import Clock
 from causemesh.codec.base import BatchDecoder
 from causemesh.faultpoints import Point, reach
 from causemesh.positions import Checkpoint, Claim, PositionStore
-from causemesh.runner.batch import NEVER, Batch, Emission, Processor
+from causemesh.runner.batch import NEVER, Batch, Emission, Outgoing, Processor
 from causemesh.runner.deadletters import DeadRows, dead_letters
 from causemesh.runner.emitter import Emitter
 from causemesh.runner.faults import Faults
@@ -76,7 +76,8 @@ class PartitionWorker:
         self._promised: dict[tuple[str, str, int], int] = {}
         self._uncommitted = 0
         self._committed_at = clock.monotonic()
-        self._dead = self._sent = 0  # of the last unit
+        self._dead = 0  # of the last unit
+        self._sent: Mapping[str, int] = {}  # of the last unit, by topic
         self._seen_watermark = NEVER
         self.stopping = False
         self.committed = False
@@ -132,9 +133,12 @@ class PartitionWorker:
                 sum(len(raw) for raw in raws),
                 self.intake.counts.replays - replays,
                 self._dead,
-                self._sent,
+                sum(self._sent.values()),
                 self._clock.monotonic() - began,
                 self.watermarks.least(),
+                _by_topic(raws),
+                self._sent,
+                self._spans.exemplar,
             )
             self._observer.unit_done(self.stage, self.partition, report)
         return max(map(len, raws), default=0)
@@ -150,7 +154,7 @@ class PartitionWorker:
             letters = dead_letters(self.stage.service, dead)
             promises = self._due_promises(emission)
             self._dead = sum(len(part) for part in letters)
-            self._sent = sum(len(part) for part in emission.outgoing)
+            self._sent = _by_topic(emission.outgoing)
             await self._emitter.send([*emission.outgoing, *letters], promises, self._spans.traces)
             self._spans.emitted(emission.outgoing)
             if batches:
@@ -198,3 +202,10 @@ class PartitionWorker:
             None if least == NEVER else least,
             self.processor.snapshot(),
         )
+
+
+def _by_topic(parts: Sequence[RawBatch] | Sequence[Outgoing]) -> Mapping[str, int]:
+    counts: dict[str, int] = {}
+    for part in parts:
+        counts[part.topic] = counts.get(part.topic, 0) + len(part)
+    return counts

@@ -16,6 +16,7 @@ from services.billing.gateways import Payments, open_stripe
 from services.billing.handlers import Metering, stage_of
 from services.billing.proofs import Proofs
 from services.billing.pushing import Pusher
+from services.billing.reporting import BillingMetrics, Reporter
 from services.billing.settings import BillingSettings
 from services.billing.store import UsageStore
 
@@ -57,6 +58,7 @@ async def serve(service: Service, settings: BillingSettings, payments: Payments)
         clock=service.clock,
         every_s=settings.close_poll_s,
         outcomes=outcomes,
+        tracer=service.tracer,
     )
     books = Books(engine)
     pusher = Pusher(
@@ -66,11 +68,15 @@ async def serve(service: Service, settings: BillingSettings, payments: Payments)
         clock=service.clock,
         every_s=settings.push_poll_s,
         outcomes=outcomes,
+        tracer=service.tracer,
     )
+    metrics = BillingMetrics(service.metrics.registry)
+    reporter = Reporter(engine, metrics, clock=service.clock, every_s=settings.report_poll_s)
     drain = service.outbox([ENTITLEMENTS, INVOICES])
     proofs = Proofs(books, LogReader(service.bus, catalogue, service.decoder))
     api = routes(books, UsageStore(engine), proofs, terms.config)
-    await service.serve([api], [closer.run, pusher.run, drain.run])
+    tasks = [closer.run, pusher.run, reporter.run, drain.run]
+    await service.serve([api], tasks)
 
 
 if __name__ == "__main__":

@@ -63,6 +63,7 @@ class Head:
     stripe_id: str | None
     problem: str | None
     attempt: int
+    traceparent: str | None
 
 
 @dataclass(frozen=True)
@@ -119,19 +120,23 @@ class Books:
 
     @staticmethod
     async def add(
-        transaction: AsyncConnection, closed: Sequence[tuple[Invoice, Sequence[UsageRow]]]
+        transaction: AsyncConnection,
+        closed: Sequence[tuple[Invoice, Sequence[UsageRow]]],
+        traces: Mapping[str, bytes] | None = None,
     ) -> None:
         """Add a month's invoices, each with the usage it was made from.
 
         Without lines nothing is owed: then only the usage and what is billed of it are kept.
+        `traces` are W3C trace contexts by invoice id.
         """
+        traced = traces or {}
         made = [invoice for invoice, _ in closed]
         owed = [invoice for invoice in made if invoice.lines]
         entries = {invoice.invoice_id: ledger_entries(invoice) for invoice in owed}
         rows: list[tuple[sa.Table, list[dict[str, Any]]]] = [
             (closed_usage, [_used(i, row) for i, used in closed for row in used]),
             (billed, [_of(invoice, **vars(one)) for invoice in made for one in invoice.billed]),
-            (invoices, [_head(invoice) for invoice in owed]),
+            (invoices, [_head(one, traced.get(one.invoice_id)) for one in owed]),
             (lines, [row for invoice in owed for row in _lines(invoice)]),
             (ledger, [_of(i, **vars(one)) for i in owed for one in entries[i.invoice_id]]),
         ]
@@ -256,13 +261,14 @@ def _used(invoice: Invoice, used: UsageRow) -> dict[str, Any]:
     )
 
 
-def _head(invoice: Invoice) -> dict[str, Any]:
+def _head(invoice: Invoice, trace: bytes | None) -> dict[str, Any]:
     return _of(
         invoice,
         invoice_id=invoice.invoice_id,
         currency=invoice.currency,
         total_minor=invoice.total_minor,
         status="closed",
+        traceparent=None if trace is None else trace.decode("ascii", "replace"),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import structlog
+from opentelemetry.trace import Tracer, get_current_span
 from prometheus_client import Counter
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
@@ -12,6 +13,7 @@ from causemesh.clock import Clock
 from causemesh.outbox import add_events
 from causemesh.periodic import repeat
 from causemesh.positions_sql import SqlPositionStore
+from causemesh.spans_sending import Trace, following
 from causemesh.sql import database_errors
 from services.billing.books import CLOSER, Books, Terms, locked
 from services.billing.domain.invoicing import Invoice, close_month
@@ -21,6 +23,7 @@ from services.billing.entitlements import SHARD
 from services.billing.events import invoice_recorded
 from services.billing.handlers import GROUP
 from services.billing.store import UsageStore
+from services.billing.tracing import taken_for
 
 _log = structlog.get_logger(__name__)
 _CALENDAR_END = "9999-11"  # whatever a record or a watermark says, this month is never closed
@@ -43,6 +46,7 @@ class MonthCloser:
         clock: Clock,
         every_s: float,
         outcomes: Counter,
+        tracer: Tracer | None = None,
     ) -> None:
         self._engine = engine
         self._store = store
@@ -51,6 +55,7 @@ class MonthCloser:
         self._clock = clock
         self._every_s = every_s
         self._outcomes = outcomes
+        self._tracer = tracer
 
     async def run(self) -> None:
         """Close until cancelled. Raises Misdeclared when usage and billing.yaml disagree."""
@@ -92,18 +97,37 @@ class MonthCloser:
         usage = monthly_usage(known.usage, known.members)
         tenants = sorted({*usage, *config.tenants})
         before = await Books.billed_before(transaction, period, tenants)
+        traces = await taken_for(transaction, period)
         closed: list[tuple[Invoice, Sequence[UsageRow]]] = []
+        contexts: dict[str, bytes] = {}
         for tenant in tenants:
             rows = usage.get(tenant, [])
-            invoice = close_month(config, tenant, period, rows, before.get(tenant, []))
+            about = {"causemesh.tenant_id": tenant, "causemesh.period": period}
+            with following(self._tracer, "close invoice", traces.get(tenant, []), about) as context:
+                invoice = close_month(config, tenant, period, rows, before.get(tenant, []))
+                if context is not None:
+                    contexts[invoice.invoice_id] = context
+                    _name_lines(invoice, traces[tenant])
             closed.append((invoice, rows))
         await Books.open_month(transaction, period, self._terms)
-        await Books.add(transaction, closed)
+        await Books.add(transaction, closed, contexts)
         made = [invoice for invoice, _ in closed if invoice.lines]
-        told = [invoice_recorded(one, one.lines, "closed") for one in made]
+        told = [
+            invoice_recorded(one, one.lines, "closed", trace=contexts.get(one.invoice_id))
+            for one in made
+        ]
         await add_events(transaction, told, shard=SHARD)
         self._outcomes.labels("invoice", "closed").inc(len(made))
         _log.info("month_closed", period=period, invoices=len(made))
+
+
+def _name_lines(invoice: Invoice, traces: Sequence[Trace]) -> None:
+    """Say on the span which lines the traced usage is on."""
+    usage = {(about["causemesh.meter"], about["causemesh.usage_period"]) for _, about in traces}
+    lines = [one.line_id for one in invoice.lines if (one.meter, one.usage_period) in usage]
+    span = get_current_span()
+    span.set_attribute("causemesh.invoice_id", invoice.invoice_id)
+    span.set_attribute("causemesh.line_ids", lines)
 
 
 def _months(first: str, last: str) -> Iterable[str]:

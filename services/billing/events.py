@@ -18,8 +18,13 @@ def invoice_recorded(
     lines: Sequence[InvoiceLine],
     status: Literal["closed", "finalised"],
     stripe_id: str | None = None,
+    *,
+    trace: bytes | None = None,
 ) -> Event:
-    """An invoice's new state; its time is the end of its month, its origin its newest usage."""
+    """An invoice's new state; its time is the end of its month, its origin its newest usage.
+
+    `trace` is the W3C context that the event goes on with.
+    """
     record = {
         "tenant_id": invoice.tenant_id,
         "occurred_at": month_bounds(invoice.period)[1],
@@ -31,7 +36,7 @@ def invoice_recorded(
         "stripe_id": stripe_id,
         "lines": [_line(line) for line in lines],
     }
-    return Event(INVOICES, invoice.tenant_id, record, _origin(lines))
+    return Event(INVOICES, invoice.tenant_id, record, _origin(lines), trace)
 
 
 def _line(line: InvoiceLine) -> dict[str, object]:

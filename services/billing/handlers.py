@@ -15,12 +15,14 @@ from causemesh.codec.base import BatchDecoder
 from causemesh.errors import Misdeclared, Poison
 from causemesh.outbox import Event, add_events
 from causemesh.runner import Batch, Emission, Stage
+from causemesh.spans import traced_in
 from services.billing.domain.members import MEMBER_SCHEMA, meter_members
 from services.billing.domain.metering import USAGE_SCHEMA, meter_batch
 from services.billing.domain.plans import BillingConfig, Meter
 from services.billing.entitlements import entitlement
 from services.billing.lateness import Promises, first_open, late_months
 from services.billing.store import UsageStore
+from services.billing.tracing import keep, traced_usage
 
 GROUP = "billing"
 _MONTH = pl.from_epoch("hour_us", time_unit="us").dt.strftime("%Y-%m")
@@ -84,22 +86,26 @@ class Metering:
             for number, batch in enumerate(batches):
                 in_force = await promises.in_force(batch, self._catalogue, self._decoder)
                 opened = first_open(in_force, self._config.grace_us, before.last_closed)
+                due = late_months(batch.occurred_at_us, opened)
                 try:
-                    usage, members = self._metered(batch, late_months(batch.occurred_at_us, opened))
+                    usage, members = self._metered(batch, due)
                 except Poison as poison:
                     raise Poison(poison.rows, batch=number) from poison
                 await UsageStore.add(transaction, usage, members)
+                contexts = traced_in(batch)
+                if contexts:
+                    meters = self._meters(batch)
+                    await keep(transaction, traced_usage(batch, contexts, due, meters))
                 welcomes = {**self._welcomes(batch, usage), **welcomes}
             await self._meet(transaction, welcomes)
         return Emission()
 
     def _metered(self, batch: Batch, due: pl.Series) -> tuple[pl.DataFrame, pl.DataFrame]:
-        meters = [one for one in self._config.meters.values() if one.topic == batch.topic]
         usage = [pl.DataFrame(schema=pl.Schema({**USAGE_SCHEMA, **_PERIODS}))]
         shape = {**MEMBER_SCHEMA, **_PERIODS, "partition": pl.Int32()}
         members = [pl.DataFrame(schema=pl.Schema(shape))]
         for month, rows in _parts(due):
-            for meter in meters:
+            for meter in self._meters(batch):
                 buckets, seen = _part_metered(meter, batch, rows)
                 usage.append(_dated(buckets, month))
                 kind = "late" if month else "in_time"
@@ -108,6 +114,9 @@ class Metering:
                     at = pl.lit(batch.partition, pl.Int32).alias("partition")
                     members.append(_dated(seen, month).with_columns(at))
         return pl.concat(usage), pl.concat(members)
+
+    def _meters(self, batch: Batch) -> list[Meter]:
+        return [one for one in self._config.meters.values() if one.topic == batch.topic]
 
     def _welcomes(self, batch: Batch, usage: pl.DataFrame) -> dict[str, Event]:
         """What to tell of tenants in `usage`, if they are new."""

@@ -14,6 +14,7 @@ from itertools import groupby
 
 import sqlalchemy as sa
 import structlog
+from opentelemetry.trace import SpanKind, Tracer
 from prometheus_client import Counter
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -23,6 +24,7 @@ from causemesh.errors import Retryable
 from causemesh.faultpoints import Point, reach
 from causemesh.outbox import add_events
 from causemesh.periodic import repeat
+from causemesh.spans_sending import Trace, following
 from causemesh.sql import database_errors
 from services.billing.books import PUSHER, Books, Head, locked
 from services.billing.domain.invoicing import Invoice, InvoiceLine
@@ -62,6 +64,7 @@ class Pusher:
         clock: Clock,
         every_s: float,
         outcomes: Counter,
+        tracer: Tracer | None = None,
     ) -> None:
         self._engine = engine
         self._books = books
@@ -69,6 +72,7 @@ class Pusher:
         self._clock = clock
         self._every_s = every_s
         self._outcomes = outcomes
+        self._tracer = tracer
         self._waiting: dict[str, _Waiting] = {}
 
     async def run(self) -> None:
@@ -152,15 +156,20 @@ class Pusher:
         self, head: Head, invoice: Invoice, customer: str, found: Bill | None
     ) -> bool:
         """Whether the invoice was finalised. Raises Retryable."""
+        traces: list[Trace] = [(head.traceparent.encode(), {})] if head.traceparent else []
+        about = {"causemesh.invoice_id": head.invoice_id, "peer.service": "stripe"}
         try:
-            bill = await self._brought(invoice, head.attempt, customer, found)
+            with following(
+                self._tracer, "push invoice", traces, about, kind=SpanKind.CLIENT
+            ) as context:
+                bill = await self._brought(invoice, head.attempt, customer, found)
         except SpentKey:
             await self._note(head, attempt=head.attempt + 1)
             raise
         except NotTaken as error:
             await self._note_mismatch(head, error)
             return False
-        return await self._finalised(head, invoice, bill)
+        return await self._finalised(head, invoice, bill, context)
 
     async def _brought(
         self, invoice: Invoice, attempt: int, customer: str, found: Bill | None
@@ -191,7 +200,9 @@ class Pusher:
             )
         return bill
 
-    async def _finalised(self, head: Head, invoice: Invoice, bill: Bill) -> bool:
+    async def _finalised(
+        self, head: Head, invoice: Invoice, bill: Bill, trace: bytes | None
+    ) -> bool:
         """Note that Stripe has it, with the event about it, once."""
         update = (
             sa.update(invoices)
@@ -201,7 +212,9 @@ class Pusher:
         async with database_errors(), self._engine.begin() as transaction:
             if (await transaction.execute(update)).rowcount != 1:
                 return False
-            event = invoice_recorded(invoice, invoice.lines, "finalised", bill.stripe_id)
+            event = invoice_recorded(
+                invoice, invoice.lines, "finalised", bill.stripe_id, trace=trace
+            )
             await add_events(transaction, [event], shard=SHARD)
         reach(Point.BILLING_NOTED)
         self._outcomes.labels("invoice", "finalised").inc()

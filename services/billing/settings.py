@@ -22,6 +22,10 @@ class BillingSettings(ServiceSettings):
     close_poll_s: float = Field(default=1.0, gt=0, description="How often months are looked for.")
     push_poll_s: float = Field(default=1.0, gt=0, description="How often invoices are looked for.")
 
+    report_poll_s: float = Field(
+        default=15.0, gt=0, description="How often the books are counted for the metrics."
+    )
+
     def payments_key(self) -> str:
         """Stripe's key. Raises Misdeclared when real Stripe would get the stand-in's."""
         key = self.stripe_key.get_secret_value()

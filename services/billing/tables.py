@@ -43,6 +43,17 @@ usage_members = sa.Table(
 )
 """MEMBER_SCHEMA of `unique` meters; `due_period` is that of the first time it was seen."""
 
+usage_traces = sa.Table(
+    "usage_traces",
+    metadata,
+    sa.Column("due_period", sa.Text, primary_key=True),
+    sa.Column("tenant_id", sa.Text, primary_key=True),
+    sa.Column("meter", sa.Text, primary_key=True),
+    sa.Column("usage_period", sa.Text, primary_key=True),
+    sa.Column("traceparent", sa.Text, primary_key=True),
+)
+"""W3C trace contexts of usage that is due on an invoice of `due_period`; gone once it is closed."""
+
 tenants = sa.Table(
     "tenants",
     metadata,
@@ -103,10 +114,12 @@ invoices = sa.Table(
     sa.Column("stripe_id", sa.Text),
     sa.Column("problem", sa.Text),
     sa.Column("attempt", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("traceparent", sa.Text),
     sa.UniqueConstraint("period", "tenant_id"),
     sa.Index("invoices_by_status", "status"),
 )
-"""`status` is closed, finalised or mismatch; `attempt` numbers Stripe's idempotency keys."""
+"""`status` is closed, finalised or mismatch; `attempt` numbers Stripe's idempotency keys,
+`traceparent` is the trace that pushing goes on with."""
 
 lines = sa.Table(
     "lines",

@@ -57,7 +57,7 @@ class Predict:
         tasks = batch.frame
         made = Outcomes.of(tasks, self._clock.now_us())
         calls = [
-            self._call(tasks, made, model, version, rows)
+            self._call(batch, made, model, version, rows)
             for model, version, rows in groups(tasks, np.flatnonzero(made.open), self._max_batch)
         ]
         # Not a task group: it would hide a Retryable in a group that the runner does not know.
@@ -70,7 +70,7 @@ class Predict:
         return Outgoing(PREDICTIONS, frame, keys, batch.topic, batch.partition, batch.positions)
 
     async def _call(
-        self, tasks: pl.DataFrame, made: Outcomes, model: str, version: int, rows: Rows
+        self, batch: Batch, made: Outcomes, model: str, version: int, rows: Rows
     ) -> None:
         try:
             found = await self._deployments.ensure(model, version)
@@ -80,27 +80,28 @@ class Predict:
         if found is None:
             made.fail(rows, f"unknown_model: no version {model}@{version}")
             return
-        sizes = tasks["vector"].bin.size().to_numpy()[rows]
+        sizes = batch.frame["vector"].bin.size().to_numpy()[rows]
         fits = sizes == 4 * len(found.features)
         made.fail(rows[~fits], f"bad_vector: the model takes {len(found.features)} columns")
-        await self._score(tasks["vector"], made, found, rows[fits])
+        await self._score(batch, made, found, rows[fits])
 
-    async def _score(
-        self, vectors: pl.Series, made: Outcomes, version: ModelVersion, rows: Rows
-    ) -> None:
+    async def _score(self, batch: Batch, made: Outcomes, version: ModelVersion, rows: Rows) -> None:
         """Score rows in one call; when the model refuses them, halve until the bad ones stand
         alone."""
         if not len(rows):
             return
-        inputs = matrix(vectors[rows].to_list(), len(version.features))
+        vectors = batch.frame["vector"][rows].to_list()
+        inputs = matrix(vectors, len(version.features))
         began = self._clock.monotonic()
         try:
             async with self._calls:
-                model: dict[str, str | int] = {
+                about: dict[str, str | int] = {
+                    "gen_ai.operation.name": "predict",
+                    "gen_ai.provider.name": "triton",
                     "gen_ai.request.model": version.deployment,
                     "causemesh.rows": len(inputs),
                 }
-                with calling(f"infer {version.deployment}", model):
+                with calling(f"predict {version.deployment}", about, batch, rows):
                     scores = await self._server.infer(version.deployment, inputs)
         except NotLoaded:
             self._deployments.forget(version.model, version.version)
@@ -110,8 +111,8 @@ class Predict:
                 made.fail(rows, f"model_error: {error}")
                 return
             middle = len(rows) // 2
-            await self._score(vectors, made, version, rows[:middle])
-            await self._score(vectors, made, version, rows[middle:])
+            await self._score(batch, made, version, rows[:middle])
+            await self._score(batch, made, version, rows[middle:])
             return
         made.predict(rows, scores, (self._clock.monotonic() - began) * 1000 / len(rows))
 

@@ -19,7 +19,7 @@ from causemesh.client import REQUESTS, Client
 from causemesh.codec.rows import RowEncoder
 from causemesh.errors import Misdeclared
 from causemesh.log import LogReader
-from causemesh.spans import DoorSpans
+from causemesh.spans_sending import DoorSpans
 from services.ingest.domain import MAX_VALUE_BYTES, REASONS
 from services.ingest.rejects import RejectFilter, Rejects
 from services.ingest.replies import PREDICTIONS, Replies, Reply
@@ -114,9 +114,23 @@ def routes(
     api = APIRouter()
     rejects = Rejects(log, client.catalogue, producer)
 
-    async def send(ask: PredictionAsk, incoming: str | None) -> None:
-        with spans.sending("POST /v1/predictions", incoming) as context:
+    async def send(ask: PredictionAsk) -> None:
+        with spans.sending(REQUESTS, 1) as context:
             await _send(client, ask, context)
+
+    async def answer(ask: PredictionAsk, wait_ms: int) -> dict[str, Any] | None:
+        """The outcome; None when it is not there in time."""
+        if wait_ms == 0:
+            await send(ask)
+            return None
+        outcome = replies.expect(ask.tenant_id, ask.request_id)
+        try:
+            await send(ask)
+            return _outcome(await asyncio.wait_for(outcome, wait_ms / 1000))
+        except TimeoutError:
+            return None
+        finally:
+            outcome.cancel()
 
     @api.post("/events", status_code=202, tags=["events"], responses=failures(413))
     async def produce_events(
@@ -126,11 +140,12 @@ def routes(
 
         All or none: one invalid event refuses the call and says which one and why.
         """
-        events = _parsed(await request.body(), settings.max_events_per_call)
-        rows = _checked(client, events)
-        with spans.sending("POST /v1/events", traceparent) as context:
-            for kind, part in rows.items():
-                await client.produce(kind, part, traceparent=context)
+        with spans.serving("POST", "/v1/events", traceparent) as call:
+            events = _parsed(await request.body(), settings.max_events_per_call)
+            for kind, part in _checked(client, events).items():
+                with spans.sending(f"inbox.{kind}", len(part)) as context:
+                    await client.produce(kind, part, traceparent=context)
+            call.status = 202
         return Accepted(accepted=len(events))
 
     @api.post(
@@ -150,19 +165,10 @@ def routes(
         With `Prefer: respond-async`, or when the outcome takes longer than `wait_ms`, the answer
         is 202 with the request id; the outcome is on inference.predictions.v1 in any case.
         """
-        if prefer == "respond-async" or wait_ms == 0:
-            await send(ask, traceparent)
-        else:
-            outcome = replies.expect(ask.tenant_id, ask.request_id)
-            try:
-                await send(ask, traceparent)
-                return _outcome(await asyncio.wait_for(outcome, wait_ms / 1000))
-            except TimeoutError:
-                pass
-            finally:
-                outcome.cancel()
-        response.status_code = 202
-        return {"request_id": ask.request_id, "outcome": None}
+        with spans.serving("POST", "/v1/predictions", traceparent) as call:
+            found = await answer(ask, 0 if prefer == "respond-async" else wait_ms)
+            response.status_code = call.status = 202 if found is None else 200
+        return found or {"request_id": ask.request_id, "outcome": None}
 
     @api.get("/rejects", tags=["rejects"])
     async def list_rejects(

@@ -7,7 +7,7 @@ from causemesh.codec.decode import Decoder
 from causemesh.log import LogReader
 from causemesh.runner import Limits, Stage
 from causemesh.service import open_service, run_process
-from causemesh.spans import DoorSpans
+from causemesh.spans_sending import DoorSpans
 from services.ingest.api import routes
 from services.ingest.domain import MAX_VALUE_BYTES, Rules
 from services.ingest.handlers import REJECTS, Door, target_of
@@ -58,7 +58,7 @@ async def main() -> None:
             rules=rules,
             clock=service.clock,
         )
-        spans = DoorSpans(service.tracer, settings.bus)
+        spans = DoorSpans(service.tracer, settings.bus, service.metrics.call_done)
         api = routes(client, replies, log, service.producer(), settings, spans=spans)
         await service.serve([api], [replies.run, pruner.run])
 

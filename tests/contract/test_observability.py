@@ -7,33 +7,53 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from causemesh.telemetry import Metrics
+from services.billing.reporting import BillingMetrics
+from tests.triton_metrics import TRITON, TRITON_GPU
 
 _DEPLOY = Path(__file__).parents[2] / "deploy"
 _RULES = _DEPLOY / "prometheus" / "rules.yml"
 _DASHBOARDS = sorted((_DEPLOY / "grafana" / "dashboards").glob("*.json"))
 
 
-def _exported() -> set[str]:
-    names: set[str] = set()
-    for family in Metrics().registry.collect():
+def _families() -> dict[str, set[str]]:
+    """The names of each exported metric's series."""
+    families = {}
+    metrics = Metrics()
+    BillingMetrics(metrics.registry)
+    for family in metrics.registry.collect():
         suffixes = {
             "counter": ("_total",),
             "gauge": ("",),
             "histogram": ("_bucket", "_sum", "_count"),
         }[family.type]
-        names.update(family.name + suffix for suffix in suffixes)
-    return names
+        families[family.name] = {family.name + suffix for suffix in suffixes}
+    return families
+
+
+def _used(expressions: list[str]) -> set[str]:
+    return {name for text in expressions for name in re.findall(r"\b(?:causemesh|nv)_\w+", text)}
 
 
 def _unknown(expressions: list[str]) -> set[str]:
-    used = {name for text in expressions for name in re.findall(r"\bcausemesh_\w+", text)}
+    used = _used(expressions)
     assert used
-    return used - _exported()
+    return used - set().union(*_families().values()) - TRITON - TRITON_GPU
+
+
+def _panels(path: Path) -> list[dict[str, Any]]:
+    panels: list[dict[str, Any]] = json.loads(path.read_text())["panels"]
+    return panels
+
+
+def _shown(path: Path) -> list[str]:
+    """Every expression of a dashboard."""
+    return [target["expr"] for panel in _panels(path) for target in panel["targets"]]
 
 
 def _rule_expressions() -> list[str]:
@@ -74,13 +94,48 @@ def test_rules_name_exported_metrics() -> None:
 
 @pytest.mark.parametrize("path", _DASHBOARDS, ids=lambda path: path.stem)
 def test_dashboards_name_exported_metrics(path: Path) -> None:
-    panels = json.loads(path.read_text())["panels"]
+    panels = _panels(path)
     assert len({panel["id"] for panel in panels}) == len(panels)
-    assert _unknown([t["expr"] for panel in panels for t in panel["targets"]]) == set()
+    assert _unknown(_shown(path)) == set()
 
 
-def test_a_metric_that_nobody_exports_is_found() -> None:
-    assert _unknown(["rate(causemesh_made_up_total[5m])"]) == {"causemesh_made_up_total"}
+def test_dashboards_have_names_of_their_own() -> None:
+    boards = [json.loads(path.read_text()) for path in _DASHBOARDS]
+    assert len({board["uid"] for board in boards}) == len(boards)
+
+
+@pytest.mark.parametrize(
+    "name", ["causemesh_made_up_total", "causemesh_unit_seconds", "nv_gpu_utilisation"]
+)
+def test_a_metric_that_nobody_exports_is_found(name: str) -> None:
+    assert _unknown([f"rate({name}[5m])", "causemesh_lag_records"]) == {name}
+
+
+def _hidden(expressions: list[str]) -> set[str]:
+    used = _used(expressions)
+    return {name for name, series in _families().items() if not series & used}
+
+
+def test_every_exported_metric_is_on_a_dashboard() -> None:
+    shown = [expression for path in _DASHBOARDS for expression in _shown(path)]
+    assert _hidden(shown) == set()
+    assert "nv_gpu_utilization" in _used(shown)
+    without = [text for text in shown if "causemesh_lag_records" not in text]
+    assert _hidden(without) == {"causemesh_lag_records"}
+
+
+def _check_syntax(promtool: Path, folder: Path, expressions: list[str]) -> int:
+    rules = [{"record": f"panel:{n}", "expr": text} for n, text in enumerate(expressions)]
+    file = folder / "panels.yml"
+    file.write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": rules}]}))
+    return subprocess.run([promtool, "check", "rules", file], check=False).returncode
+
+
+@pytest.mark.parametrize("path", _DASHBOARDS, ids=lambda path: path.stem)
+def test_promtool_reads_every_panel(path: Path, tmp_path: Path) -> None:
+    promtool = _promtool(tmp_path)
+    assert _check_syntax(promtool, tmp_path, _shown(path)) == 0
+    assert _check_syntax(promtool, tmp_path, [*_shown(path), "rate(up)"]) != 0
 
 
 def test_every_alert_has_tests() -> None:
@@ -91,10 +146,26 @@ def test_every_alert_has_tests() -> None:
         assert f"{alert} stays quiet" in tests
 
 
-def test_promtool_passes_the_rules_and_fails_broken_ones(tmp_path: Path) -> None:
-    promtool = _promtool(tmp_path)
-    passed = _test_rules(promtool, _RULES.parent)
+def test_promtool_passes_the_rules(tmp_path: Path) -> None:
+    passed = _test_rules(_promtool(tmp_path), _RULES.parent)
     assert passed.returncode == 0, passed.stdout + passed.stderr
-    (tmp_path / "rules.yml").write_text(_RULES.read_text().replace("== 0", "== 2"))
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("== 0", "== 2"),
+        ('status="mismatch"}) > 0', 'status="mismatch"}) > 1'),
+        ('status="mismatch"}) > 0', 'status="finalised"}) > 0'),
+        ("max(causemesh_billing_invoices", "(causemesh_billing_invoices"),
+        ("min_over_time(", "max_over_time("),
+        ("oldest_seconds > 60", "oldest_seconds > 6000"),
+        ("oldest_seconds > 60", "oldest_seconds > 6"),
+    ],
+)
+def test_promtool_fails_broken_rules(right: str, wrong: str, tmp_path: Path) -> None:
+    rules = _RULES.read_text()
+    assert right in rules
+    (tmp_path / "rules.yml").write_text(rules.replace(right, wrong))
     shutil.copy(_RULES.parent / "rules_test.yml", tmp_path)
-    assert _test_rules(promtool, tmp_path).returncode != 0
+    assert _test_rules(_promtool(tmp_path), tmp_path).returncode != 0

@@ -11,11 +11,16 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 import sqlalchemy as sa
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanKind
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from causemesh.bus.base import BEFORE_FIRST, Outbound
+from causemesh.bus.base import BEFORE_FIRST, Outbound, RawBatch
 from causemesh.bus.kafka import KafkaBus
 from causemesh.catalogue import Catalogue
 from causemesh.codec.decode import Decoder
@@ -24,7 +29,9 @@ from causemesh.codec.registry import HttpRegistry
 from causemesh.errors import Retryable
 from causemesh.log import LogReader
 from causemesh.outbox import Event, OutboxDrain, add_events, outbox_drains, outbox_rows
-from causemesh.runner import Emitter
+from causemesh.runner import Batch, Emitter
+from causemesh.spans import UnitSpans
+from causemesh.spans_sending import OutboxSpans
 
 pytestmark = pytest.mark.servers
 PARTITIONS = 3
@@ -76,12 +83,13 @@ class Outbox:
         await admin.ensure([self.topic])
         await admin.close()
 
-    def drain(self) -> tuple[OutboxDrain, Wrapped]:
+    def drain(self, spans: OutboxSpans | None = None) -> tuple[OutboxDrain, Wrapped]:
         """A drain as another process would have it, and its producer."""
         producer = Wrapped(self.bus.producer("kit"))
         self._producers.append(producer)
         emitter = Emitter(self.catalogue, self._encoders, producer, [self.topic.name])
-        return OutboxDrain("kit", self.engine, self.catalogue, emitter), producer
+        drain = OutboxDrain("kit", self.engine, self.catalogue, emitter, spans=spans)
+        return drain, producer
 
     def event(self, number: int) -> Event:
         record = {
@@ -337,3 +345,59 @@ async def test_an_outbox_without_events_takes_no_lock_and_no_number(outbox: Outb
     await outbox.add(0, 1)
     assert await drain.drain() == 1
     assert rows_of(await outbox.log(), 0) == [1]
+
+
+TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
+
+
+async def traced_log(outbox: Outbox) -> dict[int, bytes | None]:
+    """The trace context beside each record, by the number of its event."""
+    reader = outbox.bus.reader({(outbox.topic.name, n): BEFORE_FIRST for n in range(PARTITIONS)})
+    found: dict[int, bytes | None] = {}
+    for _ in range(10):
+        for raw in await reader.fetch(10_000, 0.3):
+            numbers = (await outbox.decoder.decode(raw.values, outbox.topic.record)).frame
+            contexts = raw.traceparents or [None] * len(raw)
+            found |= dict(zip(numbers["version"].to_list(), contexts, strict=True))
+    await reader.close()
+    return found
+
+
+@pytest.mark.parametrize("exported", [True, False])
+async def test_a_rows_trace_goes_on_with_its_record(outbox: Outbox, *, exported: bool) -> None:
+    """Rows of traced origins carry the unit's context through the table to the log; others none."""
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    tracer = provider.get_tracer("test") if exported else None
+    topic, partition = ORIGIN
+    at = np.arange(6, dtype=np.int64)
+    context = f"00-{TRACE}-00f067aa0ba902b7-01".encode()
+    contexts = [context if n in {1, 4} else None for n in range(6)]
+    raw = RawBatch(topic, partition, at, [None] * 6, [b""] * 6, at, contexts)
+    batch = Batch(topic, partition, pl.DataFrame({"n": at}), at, raw)
+    with UnitSpans(tracer, "kafka", "g", hold=False).unit([batch]):
+        await outbox.add(0, 6)
+    await outbox.add(6, 2)  # no unit is in progress
+    drain, producer = outbox.drain(OutboxSpans(tracer, "kafka"))
+    producer.crashes = 1
+    with pytest.raises(Retryable):
+        await drain.drain()
+    assert await drain.drain() == 8
+    found = await traced_log(outbox)
+    assert set(found) == set(range(8))
+    traced = {number: one for number, one in found.items() if one is not None}
+    assert set(traced) == {1, 4}
+    if not exported:
+        assert set(traced.values()) == {context}
+        return
+    spans = exporter.get_finished_spans()
+    consumers = {span.context.span_id for span in spans if span.name == f"process {topic}"}
+    sent = {span.context.span_id: span for span in spans if span.kind is SpanKind.PRODUCER}
+    # Two rows, sent twice: a crash makes a second span, and the second send is what is on the log.
+    assert len(sent) == 4
+    assert {span.parent.span_id for span in sent.values() if span.parent} == consumers
+    for one in traced.values():
+        _, trace_id, span_id, flags = one.decode().split("-")
+        assert (trace_id, flags) == (TRACE, "01")
+        assert sent[int(span_id, 16)].name == f"send {outbox.topic.name}"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import numpy.typing as npt
 import onnx
@@ -19,6 +21,7 @@ from tritonclient.utils import InferenceServerException
 
 from causemesh.local import Cluster
 from causemesh.triton_models import write_model
+from tests.triton_metrics import TRITON
 
 pytestmark = pytest.mark.servers
 
@@ -103,6 +106,19 @@ async def test_two_models_answer_batches(client: InferenceServerClient, models: 
     assert scores.shape == (256, 1)
     np.testing.assert_allclose(scores[:, 0], 1 / (1 + np.exp(-0.5 + 2 * x0)), rtol=1e-4)
     assert (await _scores(client, "lookup", _rows(3, 0, 1))).tolist() == [[0.75], [0], [0.25]]
+
+
+async def test_the_metrics_that_dashboards_show_are_there(
+    client: InferenceServerClient, models: Path
+) -> None:
+    write_model(models, "metered", _sigmoid(0, 1), inputs=3)
+    await client.load_model("metered")
+    await _scores(client, "metered", _rows(0, 1))
+    port = json.loads((models.parents[1] / "ports.json").read_text())["triton_metrics"]
+    async with httpx.AsyncClient() as http:
+        text = (await http.get(f"http://127.0.0.1:{port}/metrics")).text
+    exported = {line.partition("{")[0] for line in text.splitlines() if 'model="metered"' in line}
+    assert exported >= TRITON, TRITON - exported
 
 
 async def _outcomes(client: InferenceServerClient, model: str) -> tuple[list[bool], list[bool]]:

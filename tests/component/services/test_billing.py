@@ -275,6 +275,7 @@ class Billing:
             "CAUSEMESH_STRIPE_URL": stripe_url,
             "CAUSEMESH_CLOSE_POLL_S": "0.2",
             "CAUSEMESH_PUSH_POLL_S": "0.1",
+            "CAUSEMESH_REPORT_POLL_S": "0.2",
             "POLARS_MAX_THREADS": "1",
         }
         self._log = log
@@ -332,6 +333,14 @@ class Billing:
             for line in metrics.splitlines()
             if line.startswith(f"causemesh_{metric}")
         )
+
+    async def told(self, metric: str, value: float) -> None:
+        """Wait until a metric has a value."""
+
+        async def reached() -> bool:
+            return await self.count(metric) == value
+
+        await until(reached, timeout_s=20)
 
     async def settled(self, count: int) -> bool:
         """Whether there are so many invoices, and all are at Stripe or set aside."""
@@ -465,6 +474,10 @@ async def test_every_event_is_paid_for_once(
         assert wrong["invoice_id"] == march["invoice_id"]
         assert wrong["total_minor"] == story.recount.total("A", MARCH) != march["total_minor"]
         assert f"a total of {march['total_minor']}" in wrong["problem"]
+        await again.told('billing_invoices{status="mismatch"}', 1)
+        money = 'billing_invoiced_minor{currency="usd",status="mismatch"}'
+        await again.told(money, wrong["total_minor"])
+        await again.told("outbox_rows ", 0)
 
 
 UNTAMPERED = "WHERE period < '2013-03' ORDER BY"
@@ -697,6 +710,10 @@ async def check_api(billing: Billing) -> None:
     debits = [entry["amount_minor"] for entry in entries if entry["account"] == "receivable:A"]
     assert sum(debits) == sum(one["total_minor"] for one in newest[1::2])
     assert (await billing.get("/plans"))["plans"]["standard"]["base_fee"] == "49.00"
+    await billing.told('billing_invoices{status="finalised"}', 6)
+    total = sum(one["total_minor"] for one in newest)
+    await billing.told('billing_invoiced_minor{currency="usd",status="finalised"}', total)
+    await billing.told("billing_unbilled_buckets", 0)
     await check_usage(billing)
 
 

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanKind
 
 from causemesh.bus.base import RawBatch
 from causemesh.clock import SystemClock
 from causemesh.errors import Retryable
 from causemesh.runner import Batch
+from causemesh.spans import UnitSpans
 from services.inference.deployments import Deployments
 from services.inference.domain import ModelVersion
 from services.inference.gateways import ModelError, NotLoaded
@@ -22,10 +30,10 @@ TASKS = "inference.tasks.realtime.v1"
 
 
 class Store:
-    """Version 1 of model m, one column wide."""
+    """Version 1 of models m and n, one column wide."""
 
     async def version(self, model: str, version: int) -> ModelVersion | None:
-        if (model, version) != ("m", 1):
+        if model not in {"m", "n"} or version != 1:
             return None
         return ModelVersion(model, version, "realtime", ("input.x",), (), "sha", None, [], {})
 
@@ -152,3 +160,54 @@ async def test_a_server_that_is_away_decides_nothing() -> None:
         await processor.process([batch([1.0] * 8)], 0, None)
     server.away = False
     assert len(await outcomes(processor, batch([1.0] * 8))) == 8
+
+
+CONTEXT = b"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+
+
+async def traced(values: list[float], models: list[str], at: list[int]) -> dict[str, list[Any]]:
+    """Run a unit in which the rows `at` are traced: for each call's span, the positions of its
+    parent and its links; and its attributes."""
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider(shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    unit = batch(values)
+    frame = unit.frame.with_columns(pl.Series("model", models))
+    contexts = [CONTEXT if row in at else None for row in range(len(values))]
+    unit = Batch(TASKS, 0, frame, unit.rows, replace(unit.raw, traceparents=contexts))
+    spans = UnitSpans(provider.get_tracer("test"), "kafka", "g", hold=False)
+    with spans.unit([unit]):
+        await predict(Server()).process([unit], 0, None)
+    ended = exporter.get_finished_spans()
+    position = {
+        span.context.span_id: (span.attributes or {})["messaging.kafka.offset"]
+        for span in ended
+        if span.kind is SpanKind.CONSUMER
+    }
+    found: dict[str, list[Any]] = {}
+    for span in ended:
+        if span.kind is SpanKind.CLIENT and span.parent is not None:
+            mine = [span.parent, *(link.context for link in span.links)]
+            attributes = dict(span.attributes or {})
+            assert attributes["gen_ai.operation.name"] == "predict"
+            assert attributes["gen_ai.provider.name"] == "triton"
+            assert span.name == f"predict {attributes['gen_ai.request.model']}"
+            of_rows = [position[context.span_id] for context in mine]
+            found.setdefault(span.name, []).append((attributes["causemesh.rows"], of_rows))
+    return found
+
+
+async def test_a_models_call_is_linked_to_its_own_records_alone() -> None:
+    found = await traced([1.0] * 6, ["m", "n", "m", "n", "m", "other"], [0, 1, 2, 3, 5])
+    assert found == {"predict m.v1": [(3, [10, 12])], "predict n.v1": [(2, [11, 13])]}
+
+
+async def test_a_call_without_a_traced_record_has_no_span() -> None:
+    assert await traced([1.0] * 4, ["m", "n", "m", "n"], [1]) == {"predict n.v1": [(2, [11])]}
+
+
+async def test_halves_of_a_refused_call_are_linked_to_their_halves() -> None:
+    found = await traced([1.0, 1.0, -1.0, 1.0], ["m"] * 4, [0, 2, 3])
+    assert found == {
+        "predict m.v1": [(4, [10, 12, 13]), (2, [10]), (2, [12, 13]), (1, [12]), (1, [13])]
+    }

@@ -13,7 +13,7 @@ from causemesh.bus.memory import MemoryBus
 from causemesh.catalogue import Catalogue
 from causemesh.client import REQUESTS, Client
 from causemesh.codec.registry import MemoryRegistry
-from causemesh.spans import DoorSpans
+from causemesh.spans_sending import DoorSpans
 from services.ingest.api import routes
 from services.ingest.settings import IngestSettings
 

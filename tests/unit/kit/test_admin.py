@@ -177,6 +177,21 @@ async def test_health_metrics_and_readiness_are_open() -> None:
     assert "causemesh_seen_total 3.0" in metrics.text
 
 
+@pytest.mark.parametrize(
+    ("accept", "kind", "ends"),
+    [
+        ("application/openmetrics-text;version=1.0.0,text/plain;q=0.3", "application/open", True),
+        ("text/plain", "text/plain", False),
+        ("*/*", "text/plain", False),
+    ],
+)
+async def test_metrics_come_as_they_are_asked_for(accept: str, kind: str, *, ends: bool) -> None:
+    async with client() as api:
+        metrics = await api.get("/metrics", headers={"Accept": accept})
+    assert metrics.headers["content-type"].startswith(kind)
+    assert metrics.text.endswith("# EOF\n") is ends
+
+
 async def test_what_is_missing_is_named_with_503() -> None:
     async with client({"features": "owns no partition yet"}) as api:
         answer = await api.get("/ready")

@@ -61,9 +61,9 @@ FACE = {
         "one": "async topic, partition, position",
     },
     log.Span: {"": "after, last"},
-    outbox.Event: {"": "topic, key, record, origin="},
+    outbox.Event: {"": "topic, key, record, origin=, traceparent="},
     outbox.OutboxDrain: {
-        "": "service, engine, catalogue, emitter",
+        "": "service, engine, catalogue, emitter, *, spans=",
         "run": "async ",
         "drain": "async ",
     },

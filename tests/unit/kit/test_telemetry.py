@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 import structlog
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.trace import get_current_span
 from prometheus_client import generate_latest
+from prometheus_client.exposition import choose_encoder
 
 from causemesh.runner import NEVER, Stage, UnitReport
+from causemesh.spans_sending import DoorSpans
 from causemesh.telemetry import Metrics, configure_logging
 
 STAGE = Stage("door", "door", ("inbox.t",))
@@ -80,6 +84,9 @@ def test_units_of_work_are_counted() -> None:
     metrics = Metrics()
     metrics.unit_done(STAGE, 2, UnitReport(10, 1, 2, 7, 0.02, 5_000_000))
     metrics.unit_done(STAGE, 2, UnitReport(5, 0, 0, 5, 0.3, 6_000_000))
+    by_topic = ({"inbox.t": 4, "inbox.u": 1}, {"events.t": 4})
+    metrics.unit_done(STAGE, 0, UnitReport(5, 0, 0, 4, 0.3, 6_000_000, *by_topic))
+    metrics.unit_done(STAGE, 1, UnitReport(5, 0, 0, 4, 0.3, 6_000_000, *by_topic))
     metrics.lag("door", ("inbox.t", 2), 41)
     metrics.outcomes.labels("reject", "late").inc(3)
     found = exposed(metrics)
@@ -89,10 +96,45 @@ def test_units_of_work_are_counted() -> None:
     assert found[f"causemesh_dead_letters_total{at}"] == 2
     assert found[f"causemesh_sent_total{at}"] == 12
     assert found[f"causemesh_watermark_seconds{at}"] == 6
-    assert found['causemesh_batch_records_count{group="door"}'] == 2
+    assert found['causemesh_topic_records_total{group="door",topic="inbox.t"}'] == 8
+    assert found['causemesh_topic_records_total{group="door",topic="inbox.u"}'] == 2
+    assert found['causemesh_topic_sent_total{group="door",topic="events.t"}'] == 8
+    assert found['causemesh_batch_records_count{group="door"}'] == 4
     assert found['causemesh_unit_seconds_bucket{group="door",le="0.025"}'] == 1
     assert found['causemesh_lag_records{group="door",partition="2",topic="inbox.t"}'] == 41
     assert found['causemesh_outcomes_total{kind="reject",outcome="late"}'] == 3
+
+
+def test_latencies_name_a_trace_where_openmetrics_is_asked_for() -> None:
+    metrics = Metrics()
+    ids = {"trace_id": "4b" * 16, "span_id": "0f" * 8}
+    metrics.unit_done(STAGE, 0, UnitReport(1, 0, 0, 0, 0.02, NEVER, exemplar=ids))
+    metrics.unit_done(STAGE, 0, UnitReport(1, 0, 0, 0, 0.3, NEVER))
+    encode, kind = choose_encoder("application/openmetrics-text;version=1.0.0,text/plain;q=0.5")
+    assert kind.startswith("application/openmetrics-text")
+    lines = encode(metrics.registry).decode().splitlines()
+    (told,) = [line for line in lines if "# {" in line]
+    assert told.startswith('causemesh_unit_seconds_bucket{group="door",le="0.025"} 1.0 # {')
+    assert all(f'{name}="{value}"' in told for name, value in ids.items())
+    assert "trace_id" not in generate_latest(metrics.registry).decode()
+
+
+@pytest.mark.usefixtures("logging_restored")
+def test_lines_of_a_traced_call_have_its_ids(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logging("ingest")
+    log = structlog.get_logger()
+    door = DoorSpans(TracerProvider(shutdown_on_exit=False).get_tracer("test"), "kafka")
+    trace = "4bf92f3577b34da6a3ce929d0e0e4736"
+    with door.serving("POST", "/x", f"00-{trace}-00f067aa0ba902b7-01"):
+        span = get_current_span()
+        log.info("here")
+        logging.getLogger("aiokafka").warning("there")
+    log.info("elsewhere")
+    here, there, elsewhere = lines(capsys)
+    ids = {"trace_id": trace, "span_id": f"{span.get_span_context().span_id:016x}"}
+    assert ids.items() <= here.items()
+    assert ids.items() <= there.items()
+    assert "trace_id" not in elsewhere
 
 
 def test_a_watermark_that_never_was_is_not_shown() -> None:

@@ -34,8 +34,12 @@ def every_request_has_one_outcome(replay: Replay, outcomes: pl.DataFrame) -> Che
     found = outcomes["request_id"]
     missing = sent.filter(~sent.is_in(found.implode())).len()
     double = found.len() - found.n_unique()
-    failed = outcomes.filter(pl.col("outcome") != "predicted").height
-    detail = f"{sent.len():,} requests, {missing} without outcome, {double} twice, {failed} failed"
+    others = outcomes.filter(pl.col("outcome") != "predicted")
+    failed, why = others.height, others["reason"].drop_nulls().unique().sort().head(3).to_list()
+    detail = (
+        f"{sent.len():,} requests, {missing} without outcome, {double} twice, {failed} failed"
+        f"{f' ({why})' if why else ''}"
+    )
     return Check("one outcome a request", missing == double == failed == 0, detail)
 
 
@@ -65,7 +69,8 @@ def aucs(replay: Replay, outcomes: pl.DataFrame) -> list[dict[str, Any]]:
     labels = replay.landed.select(
         request_id=LABEL["request_id"], positive=pl.sql_expr(LABEL["positive"])
     )
-    known = outcomes.join(labels, on="request_id").with_columns(
+    scored = outcomes.filter(pl.col("score").is_not_null())  # a failed one is another check's
+    known = scored.join(labels, on="request_id").with_columns(
         month=pl.col("occurred_at").dt.strftime(MONTH)
     )
     rows = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -30,7 +29,6 @@ STRIPE_FAULTS: dict[str, dict[str, Any]] = {
     "429": {"next": 429, "count": 3},
 }
 _WALK_S = 60.0
-_MOST = 0.9  # of a disturbance's part of the replay is sent while it lasts
 _POLL_S = 0.05
 
 
@@ -99,7 +97,7 @@ class Disturbances:
         if not self._left:
             return 1.0
         passed_s = time.monotonic() - self._since
-        part = _MOST * (1.0 - math.exp(-passed_s / self._slowness_s))
+        part = passed_s / (passed_s + self._slowness_s)
         return (self._total - len(self._left) + part) / self._total
 
     async def finish(self) -> list[dict[str, Any]]:
@@ -122,7 +120,7 @@ class Disturbances:
     async def _run(self) -> None:
         while self._left:
             self._since = time.monotonic()
-            self._slowness_s = self._random.uniform(1.0, 6.0)
+            self._slowness_s = self._random.uniform(2.0, 8.0)
             await asyncio.sleep(self._random.uniform(0.3, 2.0))
             name = self._left[0]
             kind, _, what = name.rpartition(":")

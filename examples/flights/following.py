@@ -12,7 +12,7 @@ from causemesh.log import Span
 PREDICTIONS = "inference.predictions.v1"
 _COLUMNS = (
     *("request_id", "tenant_id", "occurred_at", "model", "version"),
-    *("outcome", "score", "vector", "event_id"),
+    *("outcome", "reason", "score", "vector", "event_id"),
 )
 
 

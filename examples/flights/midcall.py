@@ -18,7 +18,7 @@ from causemesh.errors import Fatal
 _METRIC = re.compile(r'^(\w+)\{.*?model="([^"]+)".*?\} (\d+)$', re.MULTILINE)
 _PENDING, _DONE = "nv_inference_pending_request_count", "nv_inference_request_success"
 _STUB = "triton_python_backend_stub"  # the process that runs one model
-_HELD_S = 20.0
+_HELD_S = 60.0
 _POLL_S = 0.02
 
 

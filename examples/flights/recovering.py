@@ -20,7 +20,7 @@ from causemesh.positions_sql import checkpoints
 from causemesh.sql import database_errors
 
 _POLL_S = 0.02
-_FIRST_S, _ALL_S = 60.0, 30.0
+_FIRST_S, _ALL_S = 120.0, 30.0
 _BACKENDS = sa.text("SELECT pid FROM pg_stat_activity WHERE datname = :name")
 
 Key = tuple[str, int]

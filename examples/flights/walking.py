@@ -15,6 +15,17 @@ from causemesh.local.mesh import Mesh
 from causemesh.local.process import ServerProcess
 
 FAULT = "fault:"
+# In the middle of the work: the first units after a start hold little or nothing.
+_TIMES = dict.fromkeys(
+    (
+        Point.WORKER_FETCHED,
+        Point.WORKER_PROCESSED,
+        Point.WORKER_SENT,
+        Point.WORKER_COMMITTING,
+        Point.WORKER_COMMITTED,
+    ),
+    5,
+)
 _POLL_S = 0.05
 
 
@@ -85,7 +96,7 @@ class FaultWalk:
         point = next((one for one in self.left if _service(one) == service), None)
         if point is not None:
             self._armed[service] = point
-            fault = {"CAUSEMESH_FAULT": f"{point}:kill"}
+            fault = {"CAUSEMESH_FAULT": f"{point}:kill:{_TIMES.get(point, 1)}"}
             process = replace(process, environment={**process.environment, **fault})
         process.start([sys.executable, "-m", f"services.{service}.app"])
 

@@ -169,9 +169,11 @@ class Join:
                     self.state.declare(signature.name, signature.view_features)
             self.state.restore(blobs["state"])
             self._publisher.publish_all()
+        self._stored = self._noted = self._known()
 
     def snapshot(self) -> bytes | None:
         """See `Processor.snapshot`."""
+        self._noted = self._known()
         blobs = {"models": self.book.dump(), "state": self.state.snapshot()}
         return pack({"kind": "features"}, {}, blobs)
 
@@ -179,6 +181,7 @@ class Join:
         self, batches: Sequence[Batch], watermark_us: int, transaction: Any
     ) -> Emission:
         """See `Processor.process`: everything is read, and may be refused, before any is taken."""
+        self._stored = self._noted  # had the commit failed, the worker would have started over
         read = [
             (batch, self._read(number, batch))
             for number, batch in enumerate(batches)
@@ -322,7 +325,14 @@ class Join:
             self.state.evict()
 
     def models(self) -> Mapping[str, Any]:
-        """What this partition knows of models, for the API."""
+        """What this partition knows of models and will not forget, for the API.
+
+        Only what is committed: who waits for a schedule before it sends requests must find it known
+        after a crash too, when the requests may be read before the schedule.
+        """
+        return self._stored
+
+    def _known(self) -> Mapping[str, Any]:
         return {
             "versions": sorted(self.book.signatures),
             "broken": dict(self.book.broken),

@@ -367,3 +367,20 @@ async def test_a_row_that_a_view_cannot_take_is_poison_before_anything_is_taken(
         await processor.process([live(0), event(1e30, 90 * MS, 0)], 200 * MS, None)
     assert (poison.value.batch, list(poison.value.rows)) == (1, [0])
     assert processor.snapshot() == before
+
+
+async def test_a_schedule_counts_as_known_when_it_can_not_be_forgotten() -> None:
+    """What a crash could still take back is not told: requests would be sent that the next process
+    may read before the schedule."""
+    row = {"occurred_at": 0, "model": "m", "schedule": [{"version": 1, "effective_at": 0}]}
+    processor = join()
+    await processor.process([registrations(), batch((ROLLOUTS, 0), [row], 0)], NEVER, None)
+    assert processor.models()["schedules"] == {}
+    state = processor.snapshot()
+    assert processor.models()["schedules"] == {}, "the commit may still fail"
+    await processor.process([], NEVER, None)
+    known = {"m": [{"version": 1, "effective_us": 0}]}
+    assert processor.models()["schedules"] == known
+    following = join()
+    following.restore(state)
+    assert following.models()["schedules"] == known

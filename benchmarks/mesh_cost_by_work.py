@@ -1,6 +1,6 @@
 """What the whole mesh costs against the work it is given: 1, 4 and 16 times the events.
 
-usage: python -m benchmarks.mesh_cost_by_work [--days 15 60 240]
+usage: python -m benchmarks.mesh_cost_by_work [--days 10 40 160]
 
 Replays the flights example, from raw events to finalised invoices, with the demo's own checks. One
 run a size. Processor time is that of all six services, and apart from it that of the servers, from
@@ -120,7 +120,7 @@ def replay(days: int) -> dict[str, Any]:
 def main() -> None:
     """Replay each size, write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--days", type=int, nargs="+", default=[15, 60, 240])
+    parser.add_argument("--days", type=int, nargs="+", default=[10, 40, 160])
     told = parser.parse_args()
     runs = []
     for days in told.days:

@@ -47,6 +47,8 @@ class Containers:
         named = re.findall(r"\$\{(\w+_PORT)\b", (ROOT / "docker-compose.yml").read_text())
         self.ports = dict(zip(sorted(set(named)), _free_ports(len(set(named))), strict=True))
         self.environment = {
+            "COMPOSE_PROJECT_NAME": f"causemesh-test-{self.bus}",
+            "COMPOSE_ENV_FILES": str(ROOT / "deploy" / "compose" / "env.example"),
             "CAUSEMESH_BUS": self.bus,
             "CAUSEMESH_PROJECT": str(PROJECT),
             "CAUSEMESH_SECRETS": str(self.folder / "secrets"),
@@ -62,11 +64,13 @@ class Containers:
         return (self.folder / "secrets" / "causemesh_api_token").read_text()
 
     def compose(self, *words: str, check: bool = True) -> str:
-        """Run `docker compose`; returns what it printed. Fails with the end of that."""
-        argv = ["docker", "compose", "-p", f"causemesh-test-{self.bus}"]
-        argv += ["--env-file", str(ROOT / "deploy" / "compose" / "env.example")]
+        """Run `docker compose`; see `run`."""
+        return self.run("docker", "compose", *words, check=check)
+
+    def run(self, *words: str, check: bool = True) -> str:
+        """Run a command for this project; returns what it printed. Fails with the end of that."""
         done = subprocess.run(
-            [*argv, *words],
+            words,
             cwd=ROOT,
             env={**os.environ, **self.environment},
             stdout=subprocess.PIPE,
@@ -107,7 +111,7 @@ class Containers:
 
     def down(self, *words: str) -> None:
         """Take down all of the project."""
-        self.compose("--profile", "*", "down", "--remove-orphans", *words, check=False)
+        self.compose("--profile", "*", "down", "--remove-orphans", *words)
 
     def url(self, service: str) -> str:
         """Where a service's admin API is published."""

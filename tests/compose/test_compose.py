@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,10 +241,8 @@ def test_a_service_that_is_down_alerts(containers: Containers) -> None:
         containers.up("agents")
 
 
-def test_data_outlives_the_containers(containers: Containers, told: Told) -> None:
-    """Down and up again, as an upgrade does."""
-    containers.down()
-    containers.up()
+def all_is_there(containers: Containers, told: Told) -> None:
+    """The invoices, the door's memory of ids, and a model that answers."""
     assert invoices_of(containers) == told.invoices
     entities = told.replay.requests.row(-1, named=True)["entities"]
     ask = {
@@ -254,6 +253,26 @@ def test_data_outlives_the_containers(containers: Containers, told: Told) -> Non
     }
     with containers.client("ingest") as api:
         known = api.post("/v1/predictions", json={**ask, "request_id": "probe-0"})
-        fresh = api.post("/v1/predictions", json={**ask, "request_id": "after the restart"})
+        fresh = api.post("/v1/predictions", json={**ask, "request_id": uuid.uuid4().hex})
     assert known.status_code == 409, "the door forgot an id"
     assert fresh.status_code == 200, fresh.text
+    line = charged(told.invoices)[0]
+    with containers.client("billing") as api:
+        proof = api.get(f"/v1/lines/{line['line_id']}/verify").json()
+    assert proof["equal"] is True, proof
+
+
+def test_data_outlives_the_containers(containers: Containers, told: Told) -> None:
+    """Down and up again, as an upgrade does."""
+    containers.down()
+    containers.up()
+    all_is_there(containers, told)
+
+
+def test_a_backup_brings_all_back(containers: Containers, told: Told, tmp_path: Path) -> None:
+    containers.run("deploy/compose/backup.sh", str(tmp_path / "copy"))
+    refused = containers.run("deploy/compose/restore.sh", str(tmp_path / "copy"), check=False)
+    assert "there is data already" in refused
+    containers.down("--volumes")
+    containers.run("deploy/compose/restore.sh", str(tmp_path / "copy"))
+    all_is_there(containers, told)

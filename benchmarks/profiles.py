@@ -39,11 +39,11 @@ _SENT = (
     ("send: causes and ids", "_with_envelope (causemesh/runner/emitter.py)"),
     ("send: encode", "(causemesh/codec/encode.py)"),
     ("send: record batches", "(aiokafka/producer/"),
-    ("send: record batches", "KafkaProducer._in_order (causemesh/bus/kafka.py)"),
+    ("send: record batches", "PartitionQueue._write (causemesh/bus/kafka_producer.py)"),
     ("send: the rest", "Emitter.send (causemesh/runner/emitter.py)"),
 )
 _FETCHED = (
-    ("fetch", "KafkaReader.fetch (causemesh/bus/kafka.py)"),
+    ("fetch", "KafkaReader.fetch (causemesh/bus/kafka_reader.py)"),
     ("network and event loop", "(aiokafka/"),
 )
 PARTS: Mapping[str, Sequence[tuple[str, str]]] = {

@@ -28,7 +28,7 @@ STRIPE_FAULTS: dict[str, dict[str, Any]] = {
     "409": {"next": "timeout_while_running", "count": 3, "delay_ms": 5_000, "method": "POST"},
     "429": {"next": 429, "count": 3},
 }
-_WALK_S = 60.0
+_WALK_S = 90.0  # as long as features takes to end itself at each of its steps
 _POLL_S = 0.05
 
 

@@ -22,9 +22,8 @@ _TIMES = dict.fromkeys(
         Point.WORKER_PROCESSED,
         Point.WORKER_SENT,
         Point.WORKER_COMMITTING,
-        Point.WORKER_COMMITTED,
     ),
-    5,
+    3,
 )
 _POLL_S = 0.05
 

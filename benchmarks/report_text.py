@@ -103,7 +103,8 @@ MESH = """\
 The flights example, from raw events through features, predictions, reviews and drift to finalised
 invoices, two partitions a topic, all servers and services on the machine; `make demo`'s checks
 must pass. One run a size. The longer ones train a second model version on the way, while the replay
-waits. Processor time runs from ready to the end of the checks, so their recount is part of it.
+waits. Processor time runs from ready to the end of the checks, so their recount is part of it. The
+run of 26 November shared the two cores with another job: seconds and rates would be better alone.
 
 """
 

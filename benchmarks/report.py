@@ -78,6 +78,15 @@ def _arms(result: Result) -> Iterator[str]:
         told = "; ".join(f"{name} {_told(value)}" for name, value in arm["settings"].items())
         yield f"- {arm['name']}: {told}"
     yield "\n" + _where(result)
+    yield from _earlier(result["benchmark"])
+
+
+def _earlier(benchmark: str) -> Iterator[str]:
+    """The medians of runs before the newest."""
+    for path in sorted(RESULTS.glob(f"{benchmark}-2*.json"))[-2::-1]:
+        result = json.loads(path.read_text())
+        told = "; ".join(f"{arm['name']} {_median(arm):,.0f}" for arm in result["arms"])
+        yield f"Before, {result['measured_at']}, commit {result['commit']}: {told}.\n"
 
 
 def _told(value: Any) -> str:

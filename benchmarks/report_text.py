@@ -66,6 +66,9 @@ Not equal:
   changelog is written. So it is measured with a commit every two seconds, too.
 - Kafka Streams decodes only the two fields it needs. The JVM compiles and collects on other
   threads: look at the CPU column.
+- Kafka Streams takes up to 1.3 cores, ours less than one. So it loses more where a machine is busy
+  with other work, as this one was in the run of 05:14; in that of 04:27, which was quieter, it was
+  1.4 to 1.5 times as fast as ours with a commit each 30 s.
 - Quix Streams and Faust read the first part of the topic only (see settings), for time's sake.
 
 """
@@ -100,7 +103,8 @@ MESH = """\
 The flights example, from raw events through features, predictions, reviews and drift to finalised
 invoices, two partitions a topic, all servers and services on the machine; `make demo`'s checks
 must pass. One run a size. The longer ones train a second model version on the way, while the replay
-waits. Processor time runs from ready to the end of the checks, so their recount is part of it.
+waits. Processor time runs from ready to the end of the checks, so their recount is part of it. The
+run of 26 November shared the two cores with another job: seconds and rates would be better alone.
 
 """
 

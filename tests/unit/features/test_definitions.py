@@ -7,7 +7,7 @@ from typing import Any
 import polars as pl
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from causemesh.errors import Misdeclared, Poison
@@ -228,6 +228,7 @@ def test_different_parts_never_make_the_same_key() -> None:
 _PART = st.none() | st.text("a\x1e\x1f0", max_size=4)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.just("t"), _PART, _PART), min_size=1, max_size=9))
 def test_keys_of_few_rows_are_those_of_many(rows: list[tuple[str | None, ...]]) -> None:
     """How many rows come together must not show: the same entity, the same key."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import random
 import re
 import shutil
 import socket
 import subprocess
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,8 +149,15 @@ def _prepare() -> Any:
 
 
 def _free_ports(count: int) -> list[int]:
+    """Ports below those that the system gives to any connection, so that they are still free when
+    the containers come up a second time."""
+    found: list[int] = []
     with ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
+        for port in random.sample(range(20_000, 32_000), 200):
+            probe = stack.enter_context(socket.socket())
+            with suppress(OSError):  # taken: the next
+                probe.bind(("127.0.0.1", port))
+                found.append(port)
+            if len(found) == count:
+                return found
+    raise AssertionError(f"only {len(found)} free ports among 200")

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +21,8 @@ from causemesh.local.artefacts import Progress
 from causemesh.local.process import ServerProcess
 
 HOST = "127.0.0.1"
+_SESSIONS_END_S = 20.0
+_STILL_IN_USE = "pre-existing shared memory block"
 
 
 class Server(Protocol):
@@ -178,10 +181,23 @@ class Postgres:
             "shared_buffers": "128MB",
         }
         flags = [part for key, value in settings.items() for part in ("-c", f"{key}={value}")]
-        self.process.start([programs / "postgres", "-D", self._data, *flags])
-        self.process.wait_ready(lambda: self._answers(programs), 30)
+        self._start([programs / "postgres", "-D", self._data, *flags], programs)
         for service in SERVICES:
             self._ensure_database(programs, service)
+
+    def _start(self, argv: list[str | Path], programs: Path) -> None:
+        """Start, and again while sessions of a server that was killed are still ending."""
+        deadline = time.monotonic() + _SESSIONS_END_S
+        while True:
+            self.process.start(argv)
+            try:
+                self.process.wait_ready(lambda: self._answers(programs), 30)
+            except Fatal as error:
+                if _STILL_IN_USE not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+            else:
+                return
 
     def stop(self) -> None:
         """See `Server.stop`."""

@@ -105,6 +105,10 @@ class Disturbances:
         await self.pace(1.0)
         if self._walk.left:
             raise Fatal(f"never reached: {', '.join(self._walk.left)}")
+        while not self._walk.over:  # the last service is starting
+            if self._task is not None and self._task.done():
+                self._task.result()
+            await asyncio.sleep(_POLL_S)
         if self._faults:
             self._records.append(await asyncio.to_thread(self._stripe_report))
         return [*self._records, *self._walk.recoveries]

@@ -42,6 +42,7 @@ class FaultWalk:
         self._progress = progress
         self.left = list(points)
         self.recoveries: list[dict[str, Any]] = []
+        self._all = len(points)
         self._armed: dict[str, Point] = {}
         self._supervisor: psutil.Process | None = None
         self.begun = False
@@ -60,6 +61,11 @@ class FaultWalk:
             while self._mesh.process(service).running() is not None:
                 time.sleep(_POLL_S)
             self._start(service)
+
+    @property
+    def over(self) -> bool:
+        """Whether every point was reached, and its service is ready again."""
+        return len(self.recoveries) == self._all
 
     def step(self) -> None:
         """Start what ended, and note how long it took."""

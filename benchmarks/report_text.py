@@ -67,8 +67,7 @@ Not equal:
 - Kafka Streams decodes only the two fields it needs. The JVM compiles and collects on other
   threads: look at the CPU column.
 - Kafka Streams takes up to 1.3 cores, ours less than one. So it loses more where a machine is busy
-  with other work, as this one was in the run of 05:14; in that of 04:27, which was quieter, it was
-  1.4 to 1.5 times as fast as ours with a commit each 30 s.
+  with other work, as in the runs of 04:27 and 05:14; that of 06:17 had the machine to itself.
 - Quix Streams and Faust read the first part of the topic only (see settings), for time's sake.
 
 """
@@ -78,6 +77,10 @@ Requests over the topics at a fixed rate, whether or not earlier ones were answe
 features, inference and Triton; each latency counts from the moment the request was due. The echo
 writes and reads bare records of 200 bytes on the same broker. The hops are between broker time
 stamps, which are whole milliseconds.
+
+Wanted at 200 requests/s: p50 10 ms, p99 40 ms. Not met. From 100 requests/s on both cores are full:
+a request that comes alone costs ingest, features and inference 10 ms of processor time together
+(5 ms at 200 requests/s, where some share a unit of work), and client, Kafka and Triton the rest.
 
 """
 
@@ -106,18 +109,23 @@ must pass. One run a size. The longer ones train a second model version on the w
 waits. Processor time runs from ready to the end of the checks, so their recount is part of it. The
 run of 26 November shared the two cores with another job: seconds and rates would be better alone.
 
+Wanted: 5,000 predictions/s with invoices. Not met. `make demo` (three months, 80,789 predictions,
+the machine to itself, the same day): 2,399/s from the first event to the last finalised invoice,
+training and closing included; up to 4,100/s in between, with both cores full.
+
 """
 
 PROFILES = """\
 py-spy at 150 samples a second while a service works off a full topic; a sample counts for the
 first part its stack fits. Boxes: orange Causemesh, blue Polars and NumPy, grey the rest.
 
-In features and billing about half of the processor time is the broker's client, which makes a
-Python object of each record before the batch becomes columns; decoding is a fifth, and what the
-services are for (state, metering) a tenth. So the next large step is a reader that hands over whole
-record batches. In inference the largest part that is its own is sending predictions: lz4 (of
-vectors that are random here, so they do not shrink), causes and ids, encoding. The model runs in
-Triton's process and is not in the picture.
+In features and billing more than half of the processor time is fetching, about 2.5 microseconds a
+record in features, although records are not copied one by one any more (ADR 10); decoding is a
+fifth, and what the services are for (state, metering) a tenth. Iterating aiokafka's record batches
+alone takes 0.5 microseconds a record in a loop of its own; the rest is not explained yet, and is
+where the next large step lies. In inference the largest part that is its own is sending
+predictions: lz4 (of vectors that are random here, so they do not shrink), causes and ids, encoding.
+The model runs in Triton's process and is not in the picture.
 
 """
 

@@ -26,6 +26,7 @@ from causemesh.clock import SystemClock
 from causemesh.codec.decode import Decoder
 from causemesh.codec.encode import RegistryEncoders
 from causemesh.codec.registry import HttpRegistry
+from causemesh.errors import Fenced
 from causemesh.faultpoints import arm
 from causemesh.outbox import Event, OutboxDrain, add_events
 from causemesh.positions import Checkpoint, Claim, Unit
@@ -174,8 +175,14 @@ class _Stolen:
             checkpoints.c.group_name == self.claim.group,
             checkpoints.c.partition == self.claim.partition,
         )
-        epoch = (await self.transaction.execute(theirs)).scalar_one()
-        await _SqlUnit(self.transaction, replace(self.claim, epoch=epoch)).commit(checkpoint)
+        while True:
+            epoch = (await self.transaction.execute(theirs)).scalar_one()
+            try:
+                unit = _SqlUnit(self.transaction, replace(self.claim, epoch=epoch))
+                await unit.commit(checkpoint)
+            except Fenced:  # claimed once more since it was read
+                continue
+            return
 
 
 class _Auditor(_Plain):

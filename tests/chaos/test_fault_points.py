@@ -154,15 +154,19 @@ async def test_control_without_marks_the_same_kill_doubles(
     assert set(found["audits"]) == set(IDS)
 
 
-async def _waits_for_rows(database: AsyncEngine, pid: int) -> bool:
-    """Whether both of its sink's workers wait for rows that another's open transaction holds."""
-    waits = sa.text(
-        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+async def _stands_before_rows(plan: Plan, database: AsyncEngine, pid: int) -> bool:
+    """Whether a process has claimed all of the sink and waits, in a unit of it, for a row that
+    another's open transaction holds. One of its workers may have nothing left to do."""
+    asked = sa.text(
+        "SELECT (SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
         " AND application_name = :name AND wait_event_type = 'Lock'"
+        " AND query LIKE '%outbox_heads%'),"
+        " (SELECT count(*) FROM checkpoints WHERE group_name = :sink AND epoch > 1)"
     )
+    told = {"name": session_name(pid), "sink": f"sink-{plan.name}"}
     async with database.connect() as connection:
-        found = await connection.execute(waits, {"name": session_name(pid)})
-        return int(found.scalar_one()) == PARTITIONS
+        waits, claims = (await connection.execute(asked, told)).one()
+    return waits > 0 and claims == PARTITIONS
 
 
 async def replaced_while_paused(plan: Plan, database: AsyncEngine, tmp_path: Path) -> str:
@@ -176,7 +180,9 @@ async def replaced_while_paused(plan: Plan, database: AsyncEngine, tmp_path: Pat
                 await asyncio.sleep(0.05)
         async with process(plan, tmp_path / "next.log") as following:
             async with asyncio.timeout(60):
-                while not await _waits_for_rows(database, following.pid):  # noqa: ASYNC110 - polls
+                while not await _stands_before_rows(  # noqa: ASYNC110 - polls a database
+                    plan, database, following.pid
+                ):
                     await asyncio.sleep(0.05)
             paused.send_signal(signal.SIGCONT)
             await everything(database)

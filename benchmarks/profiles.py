@@ -8,6 +8,7 @@ work.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import subprocess
 import sys
@@ -125,6 +126,7 @@ def profiled(where: Place, service: str, records: int) -> dict[str, Any]:
 
 def main() -> None:
     """Profile all three, write the results."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     with place(_HOME, _SERVERS) as where, tempfile.TemporaryDirectory() as folder:
         filled = asyncio.run(where.fill(_READINGS, _SENSORS))
         bench = Bench(where, Path(folder), _TASKS)

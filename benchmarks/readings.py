@@ -20,12 +20,13 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from causemesh.bus.base import Outbound
 from causemesh.bus.kafka import KafkaBus
 from causemesh.catalogue import WATERMARK, Catalogue
-from causemesh.cli.running import provision
+from causemesh.cli.running import settings_on
 from causemesh.codec.encode import RegistryEncoders
 from causemesh.codec.registry import HttpRegistry
 from causemesh.local import Cluster, Endpoints
 from causemesh.local.mesh import Mesh
 from causemesh.local.ports import choose_ports
+from causemesh.provision import provision
 from causemesh.settings import API_PORTS
 
 PROJECT = Path(__file__).parent / "project"
@@ -193,7 +194,7 @@ def place(
     cluster = Cluster(home, servers)
     endpoints = cluster.up()
     try:
-        asyncio.run(provision(endpoints, "kafka", PROJECT, 1))
+        asyncio.run(provision(settings_on(endpoints, PROJECT, "kafka", 1)))
         yield Place(home.resolve(), endpoints)
     finally:
         cluster.down()

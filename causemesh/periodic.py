@@ -1,8 +1,10 @@
-"""Work of a service that is done again and again, beside its runners."""
+"""Work that is done again and again: beside a service's runners, or until servers have started."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 import structlog
 
@@ -10,6 +12,19 @@ from causemesh.clock import Clock
 from causemesh.errors import Retryable
 
 _log = structlog.get_logger(__name__)
+_START_ATTEMPTS = 30
+Found = TypeVar("Found")
+
+
+async def patiently(work: Callable[[], Awaitable[Found]], attempts: int = _START_ATTEMPTS) -> Found:
+    """Wait for servers that start beside us. Raises Retryable when they don't come."""
+    for _ in range(attempts - 1):
+        try:
+            return await work()
+        except Retryable as error:
+            _log.info("waiting", reason=str(error))
+            await asyncio.sleep(error.retry_after)
+    return await work()
 
 
 async def repeat(

@@ -14,12 +14,12 @@ from causemesh.bus.base import Admin
 from causemesh.bus.opening import open_bus
 from causemesh.catalogue import Catalogue
 from causemesh.codec.registry import HttpRegistry, Registry
-from causemesh.errors import MeshError, Retryable
+from causemesh.errors import MeshError
+from causemesh.periodic import patiently
 from causemesh.settings import ServiceSettings
 from causemesh.telemetry import configure_logging
 
 _log = structlog.get_logger(__name__)
-_ATTEMPTS = 30
 
 
 async def register(catalogue: Catalogue, registry: Registry) -> dict[str, int]:
@@ -42,33 +42,21 @@ async def create_topics(catalogue: Catalogue, admin: Admin) -> list[str]:
     return await admin.ensure(list(catalogue.topics.values()))
 
 
-async def provision(settings: ServiceSettings, attempts: int = _ATTEMPTS) -> None:
-    """Do both for the mesh that the settings name, waiting for servers that start beside us.
+async def provision(settings: ServiceSettings) -> tuple[int, int]:
+    """Do both for the mesh that the settings name; returns how many topics were created, and how
+    many subjects are registered.
 
-    Raises Retryable when they don't come, Misdeclared when the registry refuses a schema.
+    Raises Retryable when a server is away, Misdeclared when the registry refuses a schema.
     """
     catalogue = Catalogue.load(
         [settings.project] if settings.project else [], partitions=settings.partitions
     )
-    for left in reversed(range(attempts)):
-        try:
-            await _once(settings, catalogue)
-            return
-        except Retryable as error:
-            if not left:
-                raise
-            _log.info("waiting", reason=str(error))
-            await asyncio.sleep(error.retry_after)
-
-
-async def _once(settings: ServiceSettings, catalogue: Catalogue) -> None:
     bus = open_bus(settings)
     registry = HttpRegistry(settings.registry_url)
     admin = bus.admin()
     try:
         made = await create_topics(catalogue, admin)
-        subjects = await register(catalogue, registry)
-        _log.info("provisioned", topics_created=len(made), subjects=len(subjects))
+        return len(made), len(await register(catalogue, registry))
     finally:
         await admin.close()
         await registry.close()
@@ -80,7 +68,8 @@ def main() -> None:
     settings = ServiceSettings()
     configure_logging("provision", level=settings.log_level, form=settings.log_format)
     try:
-        asyncio.run(provision(settings))
+        made, subjects = asyncio.run(patiently(lambda: provision(settings)))
+        _log.info("provisioned", topics_created=made, subjects=subjects)
     except MeshError as error:
         _log.error("provisioning_failed", reason=str(error))
         sys.exit(1)

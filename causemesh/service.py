@@ -7,7 +7,7 @@ import contextlib
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
@@ -31,7 +31,7 @@ from causemesh.faultpoints import arm
 from causemesh.migrations import migrate
 from causemesh.outbox import OutboxDrain
 from causemesh.outbox_backlog import backlog
-from causemesh.periodic import repeat
+from causemesh.periodic import patiently, repeat
 from causemesh.positions_sql import SqlPositionStore
 from causemesh.runner import Emitter, Limits, PartitionWorker, Processor, Runner, Stage
 from causemesh.settings import API_PORTS, ServiceSettings
@@ -41,7 +41,6 @@ from causemesh.telemetry import Metrics, configure_logging
 
 _log = structlog.get_logger(__name__)
 _WATCH_S = 5.0
-_START_ATTEMPTS = 30
 
 
 class Service:
@@ -204,7 +203,7 @@ class Service:
         """Create the topics this service touches, so that services start in any order."""
         admin = self.bus.admin()
         try:
-            await _patiently(
+            await patiently(
                 lambda: admin.ensure([self.catalogue.topic(name) for name in sorted(self._topics)])
             )
         finally:
@@ -270,17 +269,6 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def _patiently(work: Callable[[], Awaitable[Any]]) -> Any:
-    """Wait for servers that start beside us. Raises Retryable when they don't come."""
-    for _ in range(_START_ATTEMPTS - 1):
-        try:
-            return await work()
-        except Retryable as error:
-            _log.info("waiting", reason=str(error))
-            await asyncio.sleep(error.retry_after)
-    return await work()
-
-
 @asynccontextmanager
 async def open_service(name: str, settings: ServiceSettings) -> AsyncIterator[Service]:
     """Connect a service and bring its database up to date; closes all at the end."""
@@ -294,7 +282,7 @@ async def open_service(name: str, settings: ServiceSettings) -> AsyncIterator[Se
             f"{settings.postgres_url}/{name}", pool_size=10, max_overflow=10
         )
         stack.push_async_callback(engine.dispose)
-        await _patiently(lambda: migrate(name, engine))
+        await patiently(lambda: migrate(name, engine))
         bus = open_bus(settings)
         registry = HttpRegistry(settings.registry_url)
         service = Service(

@@ -149,7 +149,11 @@ class PartitionQueue:
     async def _run(self) -> None:
         while self._waiting:
             items, self._waiting = self._waiting, []
-            await self._write(items)
+            try:
+                await self._write(items)
+            except Exception as error:  # noqa: BLE001 - a caller's; nobody may wait for ever
+                for item in items:
+                    item.settle(error)
 
     async def _write(self, items: Sequence[_Item]) -> None:
         """Write items behind each other. One that fails half-way is left there; the others, of

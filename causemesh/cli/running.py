@@ -10,14 +10,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from causemesh.bus.opening import open_bus
-from causemesh.catalogue import Catalogue
-from causemesh.codec.registry import HttpRegistry
 from causemesh.errors import Misdeclared
 from causemesh.local import Cluster, Endpoints
 from causemesh.local.cluster import ALL_SERVERS
 from causemesh.local.mesh import Mesh, mesh_of
-from causemesh.provision import create_topics, register
+from causemesh.provision import provision
 from causemesh.settings import BusName, ServiceSettings
 
 Progress = Callable[[str, str], None]
@@ -60,38 +57,26 @@ def up(home: Path, project: Path, progress: Progress, *, partitions: int | None 
     mesh = Mesh(home, endpoints, project)
     mesh.extra[_BUS] = settings.bus
     progress("topics", "declaring")
-    asyncio.run(provision(endpoints, settings.bus, project, partitions))
+    asyncio.run(provision(settings_on(endpoints, project, settings.bus, partitions)))
     if partitions is not None:
         mesh.extra[_PARTITIONS] = str(partitions)
     mesh.up(progress)
     return mesh
 
 
-async def provision(
-    endpoints: Endpoints,
-    bus_name: BusName,
-    project: Path,
-    partitions: int | None,
-) -> None:
-    """Create every topic and register every schema."""
-    catalogue = Catalogue.load([project], partitions=partitions)
-    bus = open_bus(
-        ServiceSettings(
-            bus=bus_name,
-            kafka_bootstrap=endpoints.kafka_bootstrap,
-            pulsar_url=endpoints.pulsar_url,
-            pulsar_admin_url=endpoints.pulsar_admin_url,
-        )
+def settings_on(
+    endpoints: Endpoints, project: Path, bus: BusName, partitions: int | None
+) -> ServiceSettings:
+    """How to reach local servers and what to declare on them."""
+    return ServiceSettings(
+        bus=bus,
+        kafka_bootstrap=endpoints.kafka_bootstrap,
+        pulsar_url=endpoints.pulsar_url,
+        pulsar_admin_url=endpoints.pulsar_admin_url,
+        registry_url=endpoints.registry_url,
+        project=project,
+        partitions=partitions,
     )
-    registry = HttpRegistry(endpoints.registry_url)
-    admin = bus.admin()
-    try:
-        await create_topics(catalogue, admin)
-        await register(catalogue, registry)
-    finally:
-        await admin.close()
-        await registry.close()
-        await bus.close()
 
 
 def down(home: Path, progress: Progress = lambda name, state: None) -> None:

@@ -30,7 +30,7 @@ from causemesh.cli.output import Output
 from causemesh.client import Client, connect
 from causemesh.errors import Fatal, Misdeclared, Retryable
 from causemesh.local.mesh import Mesh
-from examples.flights import at_stripe, checking, model, probing, training
+from examples.flights import asking, at_stripe, checking, model, probing, training
 from examples.flights.checking import Check
 from examples.flights.dataset import Defects, Replay, load, slices, with_defects
 from examples.flights.disturbing import Disturbances
@@ -207,10 +207,10 @@ class Demo:
         asked = outcomes.frame.filter(pl.col("tenant_id") != probing.TENANT)
         config = yaml.safe_load((PROJECT / "billing.yaml").read_text())
         expected = checking.expected_totals(config, story.replay, asked, periods)
-        books = await asyncio.to_thread(_read_books, mesh, periods)
-        reasons = await _counts(open_to, "ingest.rejects.v1", "reason")
-        repeats = await _repeats(open_to, story)
-        dead = await _counts(open_to, "mesh.deadletters.v1", "reason")
+        books = await asyncio.to_thread(asking.read_books, mesh, periods)
+        reasons = await asking.counts(open_to, "ingest.rejects.v1", "reason")
+        repeats = await asking.repeats(open_to, story.replay.frames, story.defects)
+        dead = await asking.counts(open_to, "mesh.deadletters.v1", "reason")
         recounts = [books.recounts[period]["equal"] for period in periods]
         line = next(
             line
@@ -259,56 +259,6 @@ class Demo:
             "checks": [vars(check) for check in checks],
             "passed": all(check.passed for check in checks),
         }
-
-
-@dataclass
-class _Books:
-    invoices: list[dict[str, Any]]
-    at_stripe: list[dict[str, Any]]
-    recounts: dict[str, dict[str, Any]]
-    alerts: dict[str, int]
-    reviews: dict[str, int]
-
-
-def _read_books(mesh: Mesh, periods: Sequence[str]) -> _Books:
-    """What billing, Stripe, drift and agents say over their APIs."""
-    with mesh.client("billing") as api:
-        heads = list(probing.pages(api, "/v1/invoices"))
-        invoices = [api.get(f"/v1/invoices/{one['invoice_id']}").json() for one in heads]
-        recounts = {
-            period: api.post("/v1/recount", params={"period": period}, timeout=300.0).json()
-            for period in periods
-        }
-    stripe_url = mesh.environment().get("CAUSEMESH_STRIPE_URL", at_stripe.STRIPE)
-    key = os.environ.get("CAUSEMESH_STRIPE_KEY", at_stripe.STAND_IN_KEY)
-    held = at_stripe.held_by(stripe_url, key)
-    alerts: dict[str, int] = {}
-    with mesh.client("drift") as api:
-        for one in probing.pages(api, "/v1/alerts"):
-            alerts[one["detector"]] = alerts.get(one["detector"], 0) + 1
-    reviews: dict[str, int] = {}
-    with mesh.client("agents") as api:
-        for one in probing.pages(api, "/v1/reviews"):
-            if one["tenant_id"] != probing.TENANT:
-                reviews[one["status"]] = reviews.get(one["status"], 0) + 1
-    return _Books(invoices, held, recounts, alerts, reviews)
-
-
-async def _counts(open_to: Connections, topic: str, column: str) -> dict[str, int]:
-    found: dict[str, int] = {}
-    async for batch in open_to.log.read(await open_to.log.ends([topic])):
-        for value in batch.frame[column]:
-            found[value] = found.get(value, 0) + 1
-    return found
-
-
-async def _repeats(open_to: Connections, story: Story) -> Defects:
-    written = []
-    for kind in story.replay.frames:
-        ends = await open_to.log.ends([f"inbox.{kind}"])
-        ids = [b.frame.select("event_id", "tenant_id") async for b in open_to.log.read(ends)]
-        written.append(pl.concat(ids))
-    return checking.repeats_in(written, story.defects)
 
 
 def _client(open_to: Connections) -> Any:

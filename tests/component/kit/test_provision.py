@@ -19,6 +19,7 @@ from causemesh.catalogue import Catalogue
 from causemesh.codec.registry import HttpRegistry
 from causemesh.errors import Misdeclared, Retryable
 from causemesh.local import Endpoints
+from causemesh.periodic import patiently
 from causemesh.provision import create_topics, provision, register
 from causemesh.settings import ServiceSettings
 
@@ -103,4 +104,4 @@ def test_the_module_ends_with_the_reason(cluster: Endpoints) -> None:
 async def test_waiting_for_servers_ends(registry_url: str) -> None:
     settings = ServiceSettings(kafka_bootstrap="127.0.0.1:1", registry_url=registry_url)
     with pytest.raises(Retryable):
-        await provision(settings, attempts=2)
+        await patiently(lambda: provision(settings), attempts=2)

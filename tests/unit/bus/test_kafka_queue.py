@@ -105,6 +105,16 @@ def test_a_record_that_fits_no_batch_is_its_callers_fault_alone() -> None:
     assert [type(one) for one in results] == [type(None), Fatal, type(None)]
 
 
+async def test_what_can_not_be_appended_leaves_no_caller_waiting() -> None:
+    """A value of the wrong type is a bug; those who were taken together hear of it, later ones go
+    on."""
+    broker = Broker()
+    wrong = Outbound("t", 0, [None], [b"x", b"y"])  # more values than keys
+    results = await asyncio.wait_for(sent(broker, [call(b"a"), [wrong]]), 5)
+    assert [type(one) for one in results] == [ValueError, ValueError]
+    assert await asyncio.wait_for(sent(broker, [call(b"b")]), 5) == [None]
+
+
 async def test_a_cancelled_caller_holds_nobody_up() -> None:
     broker = Broker()
     queue = PartitionQueue(broker, ("t", 0))

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from aiokafka import AIOKafkaConsumer, ConsumerRecord
 from aiokafka import TopicPartition as KafkaPartition
+from aiokafka.conn import create_conn
 from aiokafka.protocol.fetch import FetchRequest
 
 from causemesh.bus.base import BEFORE_FIRST, Bus, Outbound
@@ -227,29 +228,36 @@ async def test_a_broker_that_is_away_is_retryable(away: Callable[[], Bus]) -> No
         await one.close()
 
 
-async def cut_off(kafka_bootstrap: str, attempts: int) -> None:
-    """Readers, admins and members that are cancelled at any moment of their start."""
+async def cut_off(kafka_bootstrap: str, connected: asyncio.Event) -> None:
+    """A reader and an admin, each cancelled when its start has connected and awaits an answer."""
     bus = KafkaBus(kafka_bootstrap)
-    for number in range(attempts):
-        reader, admin = bus.reader({("nowhere", 0): BEFORE_FIRST}), bus.admin()
-        starting = [
-            asyncio.create_task(reader.fetch(1, 0.1)),
-            asyncio.create_task(admin.ends(["nowhere"])),
-        ]
-        await asyncio.sleep(0.0002 * 1.27**number)  # 0.2 ms to 0.2 s: also a loaded machine's start
-        for task in starting:
-            task.cancel()
-        await asyncio.gather(*starting, return_exceptions=True)
-        await reader.close()
-        await admin.close()
+    reader, admin = bus.reader({("nowhere", 0): BEFORE_FIRST}), bus.admin()
+    for starts in (reader.fetch(1, 0.1), admin.ends(["nowhere"])):
+        connected.clear()
+        starting = asyncio.ensure_future(starts)
+        await connected.wait()
+        starting.cancel()
+        await asyncio.wait([starting])
+    await reader.close()
+    await admin.close()
 
 
-def unclosed(kafka_bootstrap: str, recorded: pytest.WarningsRecorder) -> list[str]:
+def unclosed(
+    kafka_bootstrap: str, recorded: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch
+) -> list[str]:
     """The connections to Kafka that cut-off starts leave open."""
+    connected = asyncio.Event()
+
+    async def connecting(*args: Any, **kwargs: Any) -> Any:
+        connection = await create_conn(*args, **kwargs)
+        connected.set()
+        return connection
+
+    monkeypatch.setattr("aiokafka.client.create_conn", connecting)
     kept: list[Any] = []
     hook, sys.unraisablehook = sys.unraisablehook, kept.append
     try:
-        asyncio.run(cut_off(kafka_bootstrap, 30))
+        asyncio.run(cut_off(kafka_bootstrap, connected))
         gc.collect()
     finally:
         sys.unraisablehook = hook
@@ -268,8 +276,8 @@ def test_a_start_that_is_cut_off_leaves_no_connection_open(
 ) -> None:
     """The control arm lets the cancellation reach aiokafka's own start."""
     if not to_the_end:
-        monkeypatch.setattr("causemesh.bus.kafka.asyncio.shield", lambda started: started)
-    assert (not unclosed(kafka_bootstrap, recwarn)) == to_the_end
+        monkeypatch.setattr("causemesh.bus.kafka_clients.asyncio.shield", lambda started: started)
+    assert (not unclosed(kafka_bootstrap, recwarn, monkeypatch)) == to_the_end
 
 
 async def asked_for(bus: Bus, topic: str, requests: list[set[int]]) -> list[set[int]]:

@@ -126,8 +126,9 @@ class Pulsar:
             "managedLedgerNewEntriesCheckDelayInMillis": 0,
             "transactionCoordinatorEnabled": "false",
             "allowAutoTopicCreation": "false",
-            "systemTopicEnabled": "false",
-            "topicLevelPoliciesEnabled": "false",
+            # Each topic is kept as long as the catalogue says; the policies lie in a system topic.
+            "systemTopicEnabled": "true",
+            "topicLevelPoliciesEnabled": "true",
             # Readers hold no subscription, so retention alone keeps the data.
             "brokerDeleteInactiveTopicsEnabled": "false",
             "defaultRetentionTimeInMinutes": -1,

@@ -14,6 +14,7 @@ import pulsar  # type: ignore[import-untyped]
 import structlog
 
 from causemesh.bus.base import BEFORE_FIRST, TopicPartition
+from causemesh.bus.pulsar_http import tls
 from causemesh.bus.pulsar_ids import packed_one
 from causemesh.bus.pulsar_retention import NOT_ALLOWED, check_namespace, minutes_of, policy
 from causemesh.catalogue import Topic
@@ -32,7 +33,8 @@ class PulsarAdmin:
     """See `Admin`."""
 
     def __init__(self, admin_url: str) -> None:
-        self._http = httpx.AsyncClient(base_url=f"{admin_url}/admin/v2/", timeout=10.0)
+        base = f"{admin_url}/admin/v2/"
+        self._http = httpx.AsyncClient(base_url=base, timeout=10.0, verify=tls())
 
     async def ask(
         self, method: str, path: str, body: Any = None, *, of: str = _NAMESPACE
@@ -73,8 +75,7 @@ class PulsarAdmin:
                 )
         missing = [topic for topic, count in zip(topics, counts, strict=True) if not count]
         made = [one.name for one in missing if await self.create(one.name, one.partitions)]
-        for topic in topics:
-            await self._retain(topic)
+        await asyncio.gather(*(self._retain(topic) for topic in topics))
         return made
 
     async def _retain(self, topic: Topic) -> None:

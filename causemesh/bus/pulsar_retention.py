@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import structlog
 
+from causemesh.bus.pulsar_http import tls
 from causemesh.bus.pulsar_ids import unpacked
 from causemesh.catalogue import Topic
 from causemesh.errors import Fatal, Misdeclared, Retryable
@@ -54,7 +55,7 @@ class HeldPositions:
 
     def __init__(self, admin_url: str, transport: httpx.BaseTransport | None = None) -> None:
         base = f"{admin_url}/admin/v2/persistent/public/default/"
-        self._http = httpx.Client(base_url=base, timeout=10.0, transport=transport)
+        self._http = httpx.Client(base_url=base, timeout=10.0, verify=tls(), transport=transport)
 
     def check(self, name: str, at: int) -> None:
         """Raises Fatal when records behind position `at` of a partition were deleted.

@@ -11,6 +11,7 @@ import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from causemesh.bus.base import TopicPartition
+from causemesh.log_limit import RepeatLimit
 from causemesh.runner.batch import NEVER
 from causemesh.runner.observer import UnitReport
 from causemesh.runner.stage import Stage
@@ -24,8 +25,8 @@ _GROUP = ("group", "partition")
 def configure_logging(service: str, *, level: str = "info", form: str = "json") -> None:
     """One JSON object a line on standard output (or readable lines with `form` "console").
 
-    Log lines of libraries go the same way, from warnings on. A line of a traced unit or call has
-    its trace_id and span_id.
+    Log lines of libraries go the same way, from warnings on, repeats counted. A line of a traced
+    unit or call has its trace_id and span_id.
     """
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
@@ -50,7 +51,7 @@ def configure_logging(service: str, *, level: str = "info", form: str = "json") 
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, last],
         )
     )
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.basicConfig(level=logging.WARNING, handlers=[RepeatLimit(handler)], force=True)
 
 
 def _with_trace(logger: Any, method: str, line: MutableMapping[str, Any]) -> Mapping[str, Any]:

@@ -73,10 +73,12 @@ def source_numbers(catalogue: Catalogue) -> Callable[[str, int], int]:
 
 def event_frame(batch: Batch, source: int) -> pl.DataFrame:
     """A batch of events as the engine reads it."""
-    return batch.frame.with_columns(
-        pl.col("occurred_at").to_physical().alias("occurred_at_us"),
-        pl.lit(source, dtype=pl.Int64).alias("source"),
-        pl.Series("position", batch.positions),
+    return batch.frame.hstack(
+        [
+            pl.Series("occurred_at_us", batch.occurred_at_us),
+            pl.Series("source", np.full(len(batch), source, dtype=np.int64)),
+            pl.Series("position", batch.positions),
+        ]
     )
 
 

@@ -136,9 +136,10 @@ class Demo:
     ) -> int:
         """Send everything in event time; returns the last watermark (microseconds).
 
-        From the month on that the second version answers, requests are held back until that version
-        is trained on all before it and known. Events go on meanwhile: no vector depends on when
-        they come. A disturbed producer waits instead, as each disturbance has its part of the work.
+        At the month that the second version answers from, the producer waits until all before it
+        is predicted. From there on requests are held back until that version is trained on all of
+        that and known. Events go on meanwhile: no vector depends on when they come. A disturbed
+        producer waits for that, too, as each disturbance has its part of the work.
         """
         until_us = 0
         hours = _DISTURBED_SLICE_H if self._story.kill else _SLICE_H
@@ -152,7 +153,8 @@ class Demo:
                 if trained is None or trained.done() or self._story.kill:
                     await self._ask(client, trained, held)
                 if until_us == _micros(TRAINED_FROM):
-                    trained = asyncio.create_task(self._train(mesh, open_to, outcomes))
+                    await self._predicted(mesh, outcomes)
+                    trained = asyncio.create_task(self._train(mesh, open_to))
             await self._ask(client, trained, held)
         finally:
             if trained is not None:
@@ -204,9 +206,11 @@ class Demo:
             else:
                 return
 
-    async def _train(self, mesh: Mesh, open_to: Connections, outcomes: Outcomes) -> None:
+    async def _predicted(self, mesh: Mesh, outcomes: Outcomes) -> None:
         asked = self._story.replay.requests.filter(pl.col("occurred_at") < TRAINED_FROM).height
         await Waiting(mesh, self._out.progress).outcomes(outcomes, asked)
+
+    async def _train(self, mesh: Mesh, open_to: Connections) -> None:
         began = time.monotonic()
         known = await training.logged(open_to, TRAINED_FROM)
         self._out.progress("training", f"version 2 on {known.height:,} logged vectors")

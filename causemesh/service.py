@@ -26,6 +26,7 @@ from causemesh.clock import SystemClock
 from causemesh.codec.decode import Decoder
 from causemesh.codec.encode import RegistryEncoders
 from causemesh.codec.registry import HttpRegistry
+from causemesh.collector import collect_seldom
 from causemesh.errors import Fatal, MeshError, Misdeclared, Retryable
 from causemesh.faultpoints import arm
 from causemesh.migrations import migrate
@@ -294,6 +295,7 @@ async def open_service(name: str, settings: ServiceSettings) -> AsyncIterator[Se
 
 def run_process(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
     """Run a service's `main` as a process: exit status 0 after a signal, 1 after a failure."""
+    collect_seldom()
     try:
         uvloop.run(main())
     except MeshError as error:

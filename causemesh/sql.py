@@ -63,16 +63,25 @@ class SingleStatements:
 
         Raises Retryable.
         """
+        async with self._driver() as driver:
+            told: str = await driver.execute(statement, *values)
+        return int(told.rsplit(" ", 1)[1])
+
+    async def rows(self, statement: str, *values: Any) -> list[tuple[Any, ...]]:
+        """The rows of a query in Postgres' own form. Raises Retryable."""
+        async with self._driver() as driver:
+            return [tuple(row) for row in await driver.fetch(statement, *values)]
+
+    @asynccontextmanager
+    async def _driver(self) -> AsyncIterator[Any]:
         async with database_errors(), self._engine.connect() as connection:
             raw = await connection.get_raw_connection()
-            driver: Any = raw.driver_connection
             try:
-                told: str = await driver.execute(statement, *values)
+                yield raw.driver_connection
             except BaseException:
                 # The pool did not see it happen: whatever it was, the next user gets a new one.
                 await connection.invalidate()
                 raise
-        return int(told.rsplit(" ", 1)[1])
 
 
 class LazyTransaction:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -33,12 +32,14 @@ _CLAIM = """
     ORDER BY digest, number
     ON CONFLICT DO NOTHING
 """
-_OWNERS = sa.text(
-    """
-    SELECT digest, topic, partition, position FROM event_ids
-    WHERE digest = ANY(CAST(:digests AS bytea[]))
-    """
-)
+_LOST = """
+    SELECT claimed.topic, claimed.partition, claimed.position
+    FROM unnest($1::bytea[], $2::text[], $3::int[], $4::bigint[])
+         AS claimed (digest, topic, partition, position)
+    LEFT JOIN event_ids AS owner USING (digest)
+    WHERE (owner.topic, owner.partition, owner.position)
+          IS DISTINCT FROM (claimed.topic, claimed.partition, claimed.position)
+"""
 Origin = tuple[str, int, int]
 
 
@@ -55,11 +56,6 @@ class IdClaims:
 
     def __len__(self) -> int:
         return len(self.digests)
-
-    @property
-    def origins(self) -> Iterator[Origin]:
-        """Where each record lies."""
-        return zip(self.topics, self.partitions, self.positions, strict=True)
 
 
 class IdStore:
@@ -85,10 +81,9 @@ class IdStore:
         reach(Point.INGEST_CLAIMED)
         if fresh == len(claims):
             return set()
-        async with database_errors(), self._engine.connect() as connection:
-            found = await connection.execute(_OWNERS, {"digests": claims.digests})
-            owners = {(row.topic, row.partition, row.position) for row in found}
-        return set(claims.origins) - owners
+        where = (claims.digests, claims.topics, claims.partitions, claims.positions)
+        lost = await self._single.rows(_LOST, *where)
+        return {(topic, partition, position) for topic, partition, position in lost}
 
     async def forget(self, topic: str, before_us: int) -> int:
         """Drop ids of events older than `before_us` (event time); returns how many."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -56,6 +57,11 @@ class IdClaims:
 
     def __len__(self) -> int:
         return len(self.digests)
+
+    @property
+    def origins(self) -> Iterator[Origin]:
+        """Where each record lies."""
+        return zip(self.topics, self.partitions, self.positions, strict=True)
 
 
 class IdStore:

@@ -12,7 +12,7 @@ membership, keeps two owners from both committing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,12 +29,36 @@ TRACEPARENT = "traceparent"
 """The header (Kafka) or property (Pulsar) that carries a record's W3C trace context."""
 
 
+class LogBlock(Protocol):
+    """A run of records in the form in which the broker keeps them (Kafka's record batch v2)."""
+
+    def __len__(self) -> int:
+        """How many records."""
+
+    @property
+    def payload(self) -> bytes | None:
+        """The records, uncompressed; None when they can only be read one by one."""
+
+    @property
+    def values(self) -> Sequence[bytes | None]:
+        """The records' values, read one by one."""
+
+    def known(
+        self,
+        keys: Callable[[], Sequence[bytes | None]],
+        traces: Callable[[], Sequence[bytes | None] | None],
+    ) -> None:
+        """Take the keys and trace contexts from who has read the payload."""
+
+
 @dataclass(frozen=True)
 class RawBatch:
     """Records of one partition as they lie in the log; all sequences have one length.
 
     `positions` rise strictly. `appended_at_us` is the broker's append time (microseconds, UTC).
-    `traceparents` are the records' W3C trace contexts; None where no record carries one.
+    `traceparents` are the records' W3C trace contexts; None where no record carries one. `blocks`
+    hold the same records, all of them, for who can read many at once; empty where the broker's
+    client gives records only.
     """
 
     topic: str
@@ -44,6 +68,7 @@ class RawBatch:
     values: Sequence[bytes | None]
     appended_at_us: Positions
     traceparents: Sequence[bytes | None] | None = None
+    blocks: Sequence[LogBlock] = ()
 
     def __len__(self) -> int:
         return len(self.values)

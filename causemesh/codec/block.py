@@ -13,7 +13,7 @@ import asyncio
 import io
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ class BlockReader:
             "type": {"type": "fixed", "name": f"{_GUARD}_t", "size": _GUARD_BYTES},
         }
         fields = [*writer["fields"], guard] if guarded else writer["fields"]
-        self._header = _container_header(_without_defaults({**writer, "fields": fields}))
+        self._wrap = container({**writer, "fields": fields})
 
     def read(self, bodies: Sequence[bytes]) -> tuple[pl.DataFrame, int] | None:
         """The leading good rows and their number, or None when the block as a whole raises.
@@ -61,13 +61,20 @@ class BlockReader:
         return frame.drop(_GUARD).head(good), good
 
     def _decode(self, joined: bytes, count: int) -> pl.DataFrame | None:
-        block = b"".join((self._header, _varint(count), _varint(len(joined)), joined, _SYNC))
         try:
-            return pl.read_avro(io.BytesIO(block))
+            return pl.read_avro(io.BytesIO(self._wrap(joined, count)))
         except (KeyboardInterrupt, SystemExit, asyncio.CancelledError):
             raise
         except BaseException:  # noqa: BLE001 - polars panics are not Exceptions; the caller bisects
             return None
+
+
+def container(schema: Mapping[str, Any]) -> Callable[[bytes, int], bytes]:
+    """What makes an Avro container file of joined records and their count."""
+    header = _container_header(_without_defaults(schema))
+    return lambda joined, count: b"".join(
+        (header, _varint(count), _varint(len(joined)), joined, _SYNC)
+    )
 
 
 def _varint(number: int) -> bytes:

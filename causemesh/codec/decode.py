@@ -10,9 +10,11 @@ import fastavro
 import numpy as np
 import polars as pl
 
+from causemesh.bus.base import LogBlock, RawBatch
 from causemesh.codec.base import Decoded
 from causemesh.codec.block import BlockReader
 from causemesh.codec.columns import NotExpressibleError, frame_schema, resolve, shape
+from causemesh.codec.log_block import Form, LogBlockReader, form_of
 from causemesh.codec.registry import Registry, UnknownSchema
 from causemesh.codec.wire import FOREIGN, HEADER_BYTES, schema_ids
 from causemesh.errors import Misdeclared
@@ -61,6 +63,46 @@ class Decoder:
         if not frames:
             return Decoded(self._nothing(reader), np.empty(0, dtype=np.int64), bad, foreign)
         return Decoded(*_in_order(frames, rows), bad, foreign)
+
+    async def decode_log(self, raw: RawBatch, reader: Mapping[str, Any]) -> Decoded:
+        """See `BatchDecoder.decode_log`."""
+        if not raw.blocks:
+            return await self.decode(raw.values, reader)
+        frames: list[pl.DataFrame] = []
+        rows: list[np.ndarray[Any, Any]] = []
+        left: list[np.ndarray[Any, Any]] = []  # rows of blocks that are not read as such
+        values: list[bytes | None] = []
+        at = 0
+        for block in raw.blocks:
+            numbers = np.arange(at, at + len(block), dtype=np.int64)
+            at += len(block)
+            frame = await self._block(block, reader) if len(block) > _FEW else None
+            if frame is None:
+                left.append(numbers)
+                values.extend(block.values)
+            else:
+                frames.append(frame)
+                rows.append(numbers)
+        if not left:
+            return Decoded(*_in_order(frames, rows))
+        rest, numbers = await self.decode(values, reader), np.concatenate(left)
+        if len(rest.rows) or not frames:
+            frames.append(rest.frame)
+            rows.append(numbers[rest.rows])
+        bad = {int(numbers[row]): reason for row, reason in rest.bad.items()}
+        foreign = {name: numbers[found].tolist() for name, found in rest.foreign.items()}
+        return Decoded(*_in_order(frames, rows), bad, foreign)
+
+    async def _block(self, block: LogBlock, reader: Mapping[str, Any]) -> pl.DataFrame | None:
+        """All records of a block, when they are the reader's and nothing is wrong with any."""
+        payload = block.payload
+        form = form_of(payload) if payload is not None else None
+        if payload is None or form is None:
+            return None
+        writer = await self._writer(form.schema_id)
+        if isinstance(writer, str) or writer.name != full_name(reader):
+            return None
+        return writer.log_block(block, payload, form, reader, self._max_value_bytes)
 
     def _nothing(self, reader: Mapping[str, Any]) -> pl.DataFrame:
         """The columns without rows: what every batch of control records comes to."""
@@ -113,6 +155,8 @@ def _in_order(
     if len(frames) == 1:
         return frames[0], rows[0]
     joined = np.concatenate(rows)
+    if (np.diff(joined) > 0).all():
+        return pl.concat(frames), joined
     order = np.argsort(joined, kind="stable")
     return pl.concat(frames)[order], joined[order]
 
@@ -129,6 +173,7 @@ class _Writer:
         except Misdeclared:
             self._block = None
         self._parsed = fastavro.parse_schema(plain(schema))
+        self._log_blocks: dict[Form, LogBlockReader] = {}
         self._readers: dict[str, Any] = {}
         # By identity: comparing schemas by shape costs more than decoding a record.
         self._latest: tuple[Mapping[str, Any], Any, pl.Schema] | None = None
@@ -153,6 +198,26 @@ class _Writer:
             return None
         try:
             return resolve(read[0], self.schema, reader), read[1]
+        except (NotExpressibleError, pl.exceptions.PolarsError):
+            return None
+
+    def log_block(
+        self,
+        block: LogBlock,
+        payload: bytes,
+        form: Form,
+        reader: Mapping[str, Any],
+        max_value_bytes: int,
+    ) -> pl.DataFrame | None:
+        """A block of the log by column; None when it must be read record by record."""
+        if self._block is None:
+            return None
+        known = self._log_blocks.get(form)
+        if known is None:
+            known = self._log_blocks[form] = LogBlockReader(self.schema, form)
+        frame = known.read(block, payload, max_value_bytes)
+        try:
+            return None if frame is None else resolve(frame, self.schema, reader)
         except (NotExpressibleError, pl.exceptions.PolarsError):
             return None
 

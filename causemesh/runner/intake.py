@@ -50,7 +50,10 @@ class Intake:
 
     async def _one(self, raw: RawBatch) -> Batch:
         topic = self._catalogue.topic(raw.topic)
-        decoded = await self._decoder.decode(raw.values, topic.record)
+        if topic.form == "inbox":
+            decoded = await self._decoder.decode(raw.values, topic.record)
+        else:
+            decoded = await self._decoder.decode_log(raw, topic.record)
         bad = dict(decoded.bad)
         before_us = self._watermarks.of_input((raw.topic, raw.partition))
         heard: list[Heard] = []

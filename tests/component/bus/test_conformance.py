@@ -10,10 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
-from aiokafka import AIOKafkaConsumer, ConsumerRecord
-from aiokafka import TopicPartition as KafkaPartition
 from aiokafka.conn import create_conn
-from aiokafka.protocol.fetch import FetchRequest
 
 from causemesh.bus.base import BEFORE_FIRST, Bus, Outbound
 from causemesh.bus.kafka import KafkaBus
@@ -278,84 +275,3 @@ def test_a_start_that_is_cut_off_leaves_no_connection_open(
     if not to_the_end:
         monkeypatch.setattr("causemesh.bus.kafka_clients.asyncio.shield", lambda started: started)
     assert (not unclosed(kafka_bootstrap, recwarn, monkeypatch)) == to_the_end
-
-
-async def asked_for(bus: Bus, topic: str, requests: list[set[int]]) -> list[set[int]]:
-    """The partitions in each request of a reader that is busy between fetches for longer than
-    aiokafka waits for it, while one partition always has records and the others have none."""
-    producer = bus.producer("conformance")
-    reader = bus.reader(dict.fromkeys([(topic, n) for n in range(PARTITIONS)], BEFORE_FIRST))
-    stop = asyncio.Event()
-
-    async def keep_writing() -> None:
-        while not stop.is_set():
-            await producer.send([Outbound(topic, 0, [None], [b"x"])])
-            await asyncio.sleep(0.01)
-
-    writing = asyncio.create_task(keep_writing())
-    await reader.fetch(1000, 5.0)
-    for _ in range(8):
-        await asyncio.sleep(0.25)
-        assert await reader.fetch(1000, 5.0)
-    seen = list(requests)
-    stop.set()
-    await writing
-    await reader.close()
-    await producer.close()
-    return seen
-
-
-@pytest.mark.servers
-@pytest.mark.parametrize("patient", [True, False])
-async def test_a_busy_partition_is_in_every_request(
-    kafka_bootstrap: str, monkeypatch: pytest.MonkeyPatch, *, patient: bool
-) -> None:
-    """What comes on a partition that a request leaves out waits until that request was answered.
-    The control arm leaves aiokafka its 0.1 s, after which it asks the quiet ones alone."""
-    if not patient:
-        monkeypatch.setattr("causemesh.bus.kafka_reader._TAKEN_S", 0.1)
-    requests: list[set[int]] = []
-
-    def noted(*fields: Any, **more: Any) -> FetchRequest:
-        requests.append({one[0] for _, partitions in fields[4] for one in partitions})
-        return FetchRequest(*fields, **more)
-
-    monkeypatch.setattr("aiokafka.consumer.fetcher.FetchRequest", noted)
-    bus, topic = KafkaBus(kafka_bootstrap), f"conformance.{uuid.uuid4().hex}"
-    admin = bus.admin()
-    await admin.ensure([declared(topic)])
-    await admin.close()
-    found = await asked_for(bus, topic, requests)
-    assert found
-    assert all(0 in one for one in found) == patient
-    await bus.close()
-
-
-@pytest.mark.servers
-async def test_records_are_not_copied_one_by_one(
-    kafka_bootstrap: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """aiokafka makes no object of its own a record for us; the control arm is its own reading."""
-    made: list[object] = []
-
-    def counted(*fields: object) -> object:
-        made.append(fields)
-        return ConsumerRecord(*fields)
-
-    monkeypatch.setattr("aiokafka.consumer.fetcher.ConsumerRecord", counted)
-    bus, topic = KafkaBus(kafka_bootstrap), f"conformance.{uuid.uuid4().hex}"
-    admin = bus.admin()
-    await admin.ensure([declared(topic)])
-    await admin.close()
-    await write(bus, topic, 1, [b"a", b"b", b"c"])
-    found = await read(bus, {(topic, 1): BEFORE_FIRST}, 3)
-    assert [value for _, value in found[(topic, 1)]] == [b"a", b"b", b"c"]
-    assert not made
-    consumer = AIOKafkaConsumer(bootstrap_servers=kafka_bootstrap, group_id=None)
-    await consumer.start()
-    consumer.assign([KafkaPartition(topic, 1)])
-    await consumer.seek_to_beginning()
-    assert (await consumer.getone()).value == b"a"
-    await consumer.stop()
-    assert made
-    await bus.close()

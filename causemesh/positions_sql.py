@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from causemesh.errors import Fenced
 from causemesh.positions import Checkpoint, Claim, Unit
-from causemesh.sql import database_errors, metadata
+from causemesh.sql import LazyTransaction, SingleStatements, database_errors, metadata
 
 checkpoints = sa.Table(
     "checkpoints",
@@ -32,12 +32,19 @@ checkpoints = sa.Table(
 )
 """One row a group and partition; every service's own database has this table."""
 
+_COMMIT = """
+    UPDATE checkpoints
+    SET progress = $4, watermark_us = $5, state = $6, committed_at = now()
+    WHERE group_name = $1 AND partition = $2 AND epoch = $3
+"""
+
 
 class SqlPositionStore:
-    """See `PositionStore`; a unit's `transaction` is an open AsyncConnection."""
+    """See `PositionStore`; a unit's `transaction` is a LazyTransaction."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
+        self._single = SingleStatements(engine)
 
     async def claim(self, group: str, partition: int) -> tuple[Claim, Checkpoint | None]:
         """See `PositionStore.claim`."""
@@ -63,8 +70,8 @@ class SqlPositionStore:
 
     @asynccontextmanager
     async def _unit(self, claim: Claim) -> AsyncIterator[Unit]:
-        async with database_errors(), self._engine.connect() as connection:
-            yield _SqlUnit(connection, claim)
+        async with database_errors(), AsyncExitStack() as stack:
+            yield _SqlUnit(LazyTransaction(self._engine, self._single, stack), claim)
 
     async def watermark(self, group: str, partitions: int) -> int | None:
         """The least committed watermark of a group, microseconds; None until all have one."""
@@ -94,24 +101,31 @@ class SqlPositionStore:
 
 
 class _SqlUnit:
-    def __init__(self, connection: AsyncConnection, claim: Claim) -> None:
-        self.transaction = connection
+    def __init__(self, transaction: LazyTransaction, claim: Claim) -> None:
+        self.transaction = transaction
         self._claim = claim
 
     async def commit(self, checkpoint: Checkpoint) -> None:
-        table = checkpoints
         claim = self._claim
-        done = await self.transaction.execute(
+        if await self._written(checkpoint) != 1:
+            raise Fenced(f"{claim.group}[{claim.partition}]: epoch {claim.epoch} was replaced")
+        await self.transaction.commit()
+
+    async def _written(self, checkpoint: Checkpoint) -> int:
+        """Write the checkpoint if the epoch is ours, in the unit's transaction if it has one;
+        returns how many rows that were."""
+        claim, table = self._claim, checkpoints
+        progress, watermark_us = checkpoint.progress(), checkpoint.watermark_us
+        if not self.transaction.begun:  # no effects: the statement is the whole transaction
+            key = (claim.group, claim.partition, claim.epoch)
+            return await self.transaction.single.execute(
+                _COMMIT, *key, progress, watermark_us, checkpoint.state
+            )
+        update = (
             sa.update(table)
             .where(table.c.group_name == claim.group)
             .where(table.c.partition == claim.partition)
             .where(table.c.epoch == claim.epoch)
-            .values(
-                progress=checkpoint.progress(),
-                watermark_us=checkpoint.watermark_us,
-                state=checkpoint.state,
-            )
+            .values(progress=progress, watermark_us=watermark_us, state=checkpoint.state)
         )
-        if done.rowcount != 1:
-            raise Fenced(f"{claim.group}[{claim.partition}]: epoch {claim.epoch} was replaced")
-        await self.transaction.commit()
+        return (await self.transaction.execute(update)).rowcount

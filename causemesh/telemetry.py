@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping, MutableMapping
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.metrics import MetricWrapperBase
 
 from causemesh.bus.base import TopicPartition
 from causemesh.log_limit import RepeatLimit
@@ -20,6 +21,7 @@ from causemesh.spans import trace_ids
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _RECORDS = (1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000)
 _GROUP = ("group", "partition")
+_Metric = TypeVar("_Metric", bound=MetricWrapperBase)
 
 
 def configure_logging(service: str, *, level: str = "info", form: str = "json") -> None:
@@ -66,6 +68,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._children: dict[tuple[MetricWrapperBase, tuple[str, ...]], MetricWrapperBase] = {}
         self._records = self._counter("records", "Records read.")
         self._replays = self._counter("replays", "Records dropped as replays.")
         self._dead = self._counter("dead_letters", "Records sent to the dead letters.")
@@ -128,19 +131,27 @@ class Metrics:
     def unit_done(self, stage: Stage, partition: int, report: UnitReport) -> None:
         """See `Observer.unit_done`."""
         at = (stage.group, str(partition))
-        self._records.labels(*at).inc(report.records)
-        self._replays.labels(*at).inc(report.replays)
-        self._dead.labels(*at).inc(report.dead)
-        self._sent.labels(*at).inc(report.sent)
+        self._of(self._records, at).inc(report.records)
+        self._of(self._sent, at).inc(report.sent)
+        self._of(self._replays, at).inc(report.replays)
+        self._of(self._dead, at).inc(report.dead)
         for topic, count in report.records_of.items():
-            self._topic_records.labels(stage.group, topic).inc(count)
+            self._of(self._topic_records, (stage.group, topic)).inc(count)
         for topic, count in report.sent_to.items():
-            self._topic_sent.labels(stage.group, topic).inc(count)
-        self._batch.labels(stage.group).observe(report.records)
+            self._of(self._topic_sent, (stage.group, topic)).inc(count)
+        group = (stage.group,)
+        self._of(self._batch, group).observe(report.records)
         exemplar = None if report.exemplar is None else dict(report.exemplar)
-        self._latency.labels(stage.group).observe(report.seconds, exemplar)
+        self._of(self._latency, group).observe(report.seconds, exemplar)
         if report.watermark_us != NEVER:
-            self._watermark.labels(*at).set(report.watermark_us / 1e6)
+            self._of(self._watermark, at).set(report.watermark_us / 1e6)
+
+    def _of(self, metric: _Metric, labels: tuple[str, ...]) -> _Metric:
+        """`metric.labels(...)`, looked up once: it checks names and takes a lock each time."""
+        child = self._children.get((metric, labels))
+        if child is None:
+            child = self._children[(metric, labels)] = metric.labels(*labels)
+        return cast(_Metric, child)
 
     def call_done(
         self, route: str, status: int, seconds: float, exemplar: Mapping[str, str] | None

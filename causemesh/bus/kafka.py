@@ -151,6 +151,7 @@ class KafkaAdmin:
         self._bootstrap = bootstrap
         self._replication = replication
         self._client: Any = None
+        self._consumer: Any = None
 
     async def ensure(self, topics: Sequence[Topic]) -> list[str]:
         """See `Admin.ensure`."""
@@ -203,13 +204,12 @@ class KafkaAdmin:
             for entry in described
             for number in range(len(entry["partitions"]))
         ]
-        consumer = AIOKafkaConsumer(bootstrap_servers=self._bootstrap, group_id=None)
-        await started(consumer)
-        try:
-            with _retryable("asking for the ends of topics"):
-                ends = await consumer.end_offsets(partitions)
-        finally:
-            await consumer.stop()
+        if self._consumer is None:
+            consumer = AIOKafkaConsumer(bootstrap_servers=self._bootstrap, group_id=None)
+            await started(consumer)
+            self._consumer = consumer
+        with _retryable("asking for the ends of topics"):
+            ends = await self._consumer.end_offsets(partitions)
         return {(key.topic, key.partition): offset - 1 for key, offset in ends.items()}
 
     async def reported(self, group: str) -> dict[TopicPartition, int]:
@@ -231,6 +231,9 @@ class KafkaAdmin:
         if self._client is not None:
             client, self._client = self._client, None
             await client.close()
+        if self._consumer is not None:
+            consumer, self._consumer = self._consumer, None
+            await consumer.stop()
 
 
 @contextmanager

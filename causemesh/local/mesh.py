@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import secrets
 import signal
+import ssl
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -60,7 +62,8 @@ class Mesh:
     def client(self, service: str) -> httpx.Client:
         """An HTTP client for a service's admin API."""
         headers = {"Authorization": f"Bearer {self.token}"}
-        return httpx.Client(base_url=self.url(service), headers=headers, timeout=60.0)
+        url = self.url(service)
+        return httpx.Client(base_url=url, headers=headers, timeout=60.0, verify=_certificates())
 
     def environment(self) -> dict[str, str]:
         """The settings of every service, and of tools that join the mesh."""
@@ -112,7 +115,8 @@ class Mesh:
         if self.process(service).running() is None:
             return False  # whatever answers on its port is another mesh's
         try:
-            return httpx.get(f"{self.url(service)}/ready", timeout=2.0).status_code == 200
+            url = f"{self.url(service)}/ready"
+            return httpx.get(url, timeout=2.0, verify=_certificates()).status_code == 200
         except httpx.TransportError:
             return False
 
@@ -167,6 +171,12 @@ def mesh_of(home: Path) -> Mesh | None:
     )
     mesh.extra = dict(saved["extra"])  # type: ignore[call-overload]
     return mesh
+
+
+@functools.cache
+def _certificates() -> ssl.SSLContext:
+    """Made once: httpx reads all the system's certificates for every client, 25 ms each time."""
+    return ssl.create_default_context()
 
 
 class _Supervisor:

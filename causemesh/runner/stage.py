@@ -18,6 +18,8 @@ class Limits:
     `commit_every_s` is for a processor that keeps no state and writes nothing in the transaction:
     its position may lag so long while records come, because what it sends again after a crash has
     the same causes and is dropped.
+    `bulk_gather_s` is what `gather_s` is, after units with at least `bulk_records` of one partition
+    only: they come in bulk, as in a replay, and each unit costs the same however few it has.
     """
 
     max_records: int = 5_000
@@ -27,6 +29,14 @@ class Limits:
     commit_every_units: int = 1
     gather_s: float = 0.0
     commit_every_s: float = 0.0
+    bulk_records: int = 200
+    bulk_gather_s: float = 0.0
+
+    def pause_s(self, most: int) -> float:
+        """How long to wait after a unit whose fullest partition gave `most` records."""
+        if not 0 < most < self.max_records:  # nothing came, or more is waiting already
+            return 0.0
+        return max(self.gather_s, self.bulk_gather_s if most >= self.bulk_records else 0.0)
 
 
 @dataclass(frozen=True)

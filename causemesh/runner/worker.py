@@ -91,9 +91,9 @@ class PartitionWorker:
         reader = self._bus.reader(self.positions)
         try:
             while not self.stopping:
-                most = await self._step(claim, reader)
-                if 0 < most < self._limits.max_records and self._limits.gather_s:
-                    await self._clock.sleep(self._limits.gather_s)
+                pause_s = self._limits.pause_s(await self._step(claim, reader))
+                if pause_s:
+                    await self._clock.sleep(pause_s)
             if self._uncommitted:
                 async with self._store.unit(claim) as unit:
                     await unit.commit(self._checkpoint())

@@ -41,11 +41,12 @@ from examples.flights.waiting import Waiting
 PROJECT = Path(__file__).parent
 TRAINED_FROM = datetime(2013, 3, 1, tzinfo=UTC)
 _DAY_US = 86_400_000_000
+_REQUESTS = "requests"
 _MARKER = "demo"
 _DATA = ("kafka", "pulsar", "registry", "postgres", "triton", "stripe")
 _MOST_RSS_MB = 2_500
 _AWAY_S = 180.0
-_SLICE_H, _DISTURBED_SLICE_H = 6, 1  # what the producer sends at once, hours of event time
+_SLICE_H, _DISTURBED_SLICE_H = 24, 1  # what the producer sends at once, hours of event time
 _PARTITIONS = 2  # as many as the cores it is sized for; the results do not depend on it
 
 
@@ -85,6 +86,7 @@ class Demo:
         self._home = home
         self._months = months
         self._out = out
+        self._sent = 0
         replay = load(months, days)
         departed, defects = with_defects(replay.departed)
         spoiled = Replay(departed, replay.landed, replay.weather, replay.requests)
@@ -115,10 +117,15 @@ class Demo:
                 with suppress(asyncio.CancelledError):
                     await following
             story.seconds["replay"] = time.monotonic() - began
+            await self.replayed(mesh)
             self._out.progress("probe", "asking for live predictions, one at a time")
             story.probe = await probing.probe(mesh, story.replay)
             await outcomes.catch_up()
+            await outcomes.close()
             return await self._summary(mesh, open_to, outcomes, periods)
+
+    async def replayed(self, mesh: Mesh) -> None:
+        """Called once, between the last finalised invoice and the checks; for benchmarks."""
 
     async def _replay(
         self,
@@ -131,21 +138,28 @@ class Demo:
         """Send everything in event time; returns the last watermark (microseconds).
 
         At the month that the second version answers from, the producer waits until all before it
-        is predicted, so that the version is trained on all of that and known when it is needed.
+        is predicted. From there on requests are held back until that version is trained on all of
+        that and known. Events go on meanwhile: no vector depends on when they come. A disturbed
+        producer waits for that, too, as each disturbance has its part of the work.
         """
-        sent, until_us = 0, 0
+        until_us = 0
         hours = _DISTURBED_SLICE_H if self._story.kill else _SLICE_H
-        for until_us, frames in slices(self._story.replay, hours):
-            await disturbances.pace((sent + 1) / self._story.sent)
-            for kind, frame in frames.items():
-                if frame.height:
-                    await self._surely(client.produce, kind, frame)
-                    sent += frame.height
-            for kind in frames:
-                await self._surely(client.watermark, kind, until_us)
-            self._sent = sent
-            if until_us == _micros(TRAINED_FROM):
-                await self._train(mesh, open_to, outcomes)
+        held: list[tuple[int, pl.DataFrame]] = []
+        trained: asyncio.Task[None] | None = None
+        try:
+            for until_us, frames in slices(self._story.replay, hours):
+                await disturbances.pace((self._sent + 1) / self._story.sent)
+                held.append((until_us, frames.pop(_REQUESTS)))
+                await self._send(client, until_us, frames)
+                if trained is None or trained.done() or self._story.kill:
+                    await self._ask(client, trained, held)
+                if until_us == _micros(TRAINED_FROM):
+                    await self._predicted(mesh, outcomes)
+                    trained = asyncio.create_task(self._train(mesh, open_to))
+            await self._ask(client, trained, held)
+        finally:
+            if trained is not None:
+                trained.cancel()
         month_end_us = _micros(
             datetime(2013 + self._months // 12, self._months % 12 + 1, 1, tzinfo=UTC)
         )
@@ -154,6 +168,28 @@ class Demo:
         for kind in self._story.replay.frames:
             await self._surely(client.watermark, kind, last_us)
         return last_us
+
+    async def _send(self, client: Client, until_us: int, frames: dict[str, pl.DataFrame]) -> None:
+        """One slice, and the watermark behind it."""
+        for kind, frame in frames.items():
+            if frame.height:
+                await self._surely(client.produce, kind, frame)
+                self._sent += frame.height
+        for kind in frames:
+            await self._surely(client.watermark, kind, until_us)
+
+    async def _ask(
+        self,
+        client: Client,
+        trained: asyncio.Task[None] | None,
+        held: list[tuple[int, pl.DataFrame]],
+    ) -> None:
+        """Send the requests that were held back, once training is over."""
+        if trained is not None:
+            await trained
+        for until_us, frame in held:
+            await self._send(client, until_us, {_REQUESTS: frame})
+        held.clear()
 
     async def _surely(
         self, send: Callable[[str, Any], Awaitable[Any]], kind: str, what: object
@@ -171,9 +207,11 @@ class Demo:
             else:
                 return
 
-    async def _train(self, mesh: Mesh, open_to: Connections, outcomes: Outcomes) -> None:
+    async def _predicted(self, mesh: Mesh, outcomes: Outcomes) -> None:
         asked = self._story.replay.requests.filter(pl.col("occurred_at") < TRAINED_FROM).height
         await Waiting(mesh, self._out.progress).outcomes(outcomes, asked)
+
+    async def _train(self, mesh: Mesh, open_to: Connections) -> None:
         began = time.monotonic()
         known = await training.logged(open_to, TRAINED_FROM)
         self._out.progress("training", f"version 2 on {known.height:,} logged vectors")
@@ -188,7 +226,6 @@ class Demo:
 
     async def _follow(self, mesh: Mesh, outcomes: Outcomes, began: float) -> None:
         """Show progress and watch memory."""
-        self._sent = 0
         shown = 0.0
         while True:
             with suppress(Retryable):  # the broker is away: the next round reads on

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,9 +93,11 @@ def train(vectors: export.Vectors, labels: Labels, occurred_at_us: Times) -> Tra
     cut = int(len(labels) * _FIT_SHARE)
     if any(len(np.unique(part)) < 2 for part in (labels[:cut], labels[cut:])):
         raise Fatal("the training set needs late and punctual flights on both sides of its cut")
-    held_out = _fitted(vectors[:cut], labels[:cut]).predict_proba(vectors[cut:])[:, 1]
+    with ThreadPoolExecutor(2) as pool:  # the fits leave the interpreter's lock alone
+        measured = pool.submit(_fitted, vectors[:cut], labels[:cut])
+        classifier = pool.submit(_fitted, vectors, labels).result()
+        held_out = measured.result().predict_proba(vectors[cut:])[:, 1]
     auc = float(roc_auc_score(labels[cut:], held_out))
-    classifier = _fitted(vectors, labels)
     onnx = export.gradient_boosting(classifier, vectors.shape[1])
     difference = _export_difference(classifier, onnx, vectors)
     named = zip(FEATURES, vectors.T, strict=True)

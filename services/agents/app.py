@@ -25,7 +25,7 @@ async def main() -> None:
         decisions = Decisions(service.engine, store, workflow, outcomes)
         stage = Stage("agents", GROUP, (PREDICTIONS,), (RUNS, REVIEWS))
         service.runner(
-            stage, lambda _: ReviewOpener(workflow, store, outcomes), Limits(gather_s=0.25)
+            stage, lambda _: ReviewOpener(workflow, store, outcomes), Limits(gather_s=0.5)
         )
         time_outs = TimeOuts(
             decisions,

@@ -180,6 +180,8 @@ class RunStore:
     @staticmethod
     async def _with_histories(connection: AsyncConnection, chosen: sa.Select[Any]) -> list[Run]:
         rows = (await connection.execute(chosen)).all()
+        if not rows:
+            return []
         # A statement of its own, so that it sees what was committed while the first one waited.
         steps = await connection.execute(
             sa.select(run_steps)

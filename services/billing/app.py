@@ -48,7 +48,7 @@ async def serve(service: Service, settings: BillingSettings, payments: Payments)
             config=terms.config,
             outcomes=outcomes,
         ),
-        Limits(max_records=10_000, gather_s=0.25),
+        Limits(max_records=10_000, gather_s=0.5),
     )
     closer = MonthCloser(
         engine,

@@ -37,7 +37,7 @@ async def serve(service: Service, settings: DriftSettings) -> None:
             version_wait_s=settings.version_wait_s,
             outcomes=outcomes,
         ),
-        Limits(max_records=10_000, gather_s=0.25),
+        Limits(max_records=10_000, gather_s=0.5),
     )
     closer = DayCloser(
         service.engine,

@@ -13,7 +13,7 @@ class DriftSettings(ServiceSettings):
     version_wait_s: float = Field(
         default=60.0, ge=0, description="How long a prediction waits for its version to be known."
     )
-    close_every_s: float = Field(default=5.0, gt=0, description="How often days are looked for.")
+    close_every_s: float = Field(default=1.0, gt=0, description="How often days are looked for.")
     keep_days: int = Field(
         default=30,
         ge=1,

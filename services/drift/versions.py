@@ -26,7 +26,7 @@ from services.drift.domain.versions import Version, read_version
 VERSIONS = "models.versions.v1"
 _log = structlog.get_logger(__name__)
 _FETCH = 1_000
-_WAIT_S = 0.2
+_WAIT_S = 5.0  # it returns as soon as something comes
 
 
 class Versions:

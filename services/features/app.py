@@ -40,7 +40,7 @@ async def main() -> None:
             service.runner(
                 Stage("features", "features-rekey", plan.rekeyed, (INPUTS,)),
                 lambda _: Rekey(plan.views, source_numbers(catalogue)),
-                Limits(max_records=10_000, commit_every_s=0.2),
+                Limits(max_records=10_000, commit_every_s=0.2, bulk_gather_s=0.1),
             )
         stage = Stage(
             "features",
@@ -59,7 +59,11 @@ async def main() -> None:
                 clock=service.clock,
                 publish_seconds=settings.publish_seconds if settings.publish_vectors else None,
             ),
-            Limits(max_records=20_000, commit_every_units=settings.commit_every_units),
+            Limits(
+                max_records=20_000,
+                commit_every_units=settings.commit_every_units,
+                bulk_gather_s=0.1,
+            ),
         )
 
         def joins() -> dict[int, Join]:

@@ -44,7 +44,7 @@ async def main() -> None:
             service.runner(
                 stage,
                 partial(_of_lane, predict, lane),
-                Limits(max_records=4_000, commit_every_s=0.2),
+                Limits(max_records=4_000, commit_every_s=0.2, bulk_gather_s=0.05),
             )
         drain = service.outbox([VERSIONS, ROLLOUTS])
         registry = Registry(store, deployments, server, service.catalogue, service.clock)

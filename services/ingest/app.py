@@ -44,7 +44,7 @@ async def main() -> None:
                 clock=service.clock,
                 outcomes=service.metrics.outcomes,
             ),
-            Limits(max_records=10_000, commit_every_s=0.2),
+            Limits(max_records=10_000, commit_every_s=0.2, bulk_gather_s=0.1),
         )
         client = Client(catalogue, service.registry, service.producer())
         log = LogReader(service.bus, catalogue, everything)

@@ -18,6 +18,7 @@ from services.ingest.handlers import REJECTS
 
 PREDICTIONS = "inference.predictions.v1"
 _log = structlog.get_logger(__name__)
+_WAIT_S = 5.0  # it returns as soon as something comes
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Replies:
         reader = self._bus.reader(ends)
         try:
             while True:
-                for raw in await reader.fetch(20_000, 0.2):
+                for raw in await reader.fetch(20_000, _WAIT_S):
                     if self._waiting:
                         await self._hand_out(raw)
         finally:

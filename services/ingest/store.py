@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from causemesh.faultpoints import Point, reach
-from causemesh.sql import database_errors
+from causemesh.sql import SingleStatements, database_errors
 
 metadata = sa.MetaData()
 
@@ -24,24 +24,23 @@ event_ids = sa.Table(
     sa.Index("event_ids_by_age", "topic", "occurred_us"),
 )
 
-_CLAIM = sa.text(
-    """
+_CLAIM = """
     INSERT INTO event_ids (digest, topic, partition, position, occurred_us)
     SELECT digest, topic, partition, position, occurred_us
-    FROM unnest(CAST(:digests AS bytea[]), CAST(:topics AS text[]), CAST(:partitions AS int[]),
-                CAST(:positions AS bigint[]), CAST(:occurred_us AS bigint[]))
+    FROM unnest($1::bytea[], $2::text[], $3::int[], $4::bigint[], $5::bigint[])
          WITH ORDINALITY AS claimed (digest, topic, partition, position, occurred_us, number)
     -- by digest, so that two workers that claim the same ids can't deadlock
     ORDER BY digest, number
     ON CONFLICT DO NOTHING
-    """
-)
-_OWNERS = sa.text(
-    """
-    SELECT digest, topic, partition, position FROM event_ids
-    WHERE digest = ANY(CAST(:digests AS bytea[]))
-    """
-)
+"""
+_LOST = """
+    SELECT claimed.topic, claimed.partition, claimed.position
+    FROM unnest($1::bytea[], $2::text[], $3::int[], $4::bigint[])
+         AS claimed (digest, topic, partition, position)
+    LEFT JOIN event_ids AS owner USING (digest)
+    WHERE (owner.topic, owner.partition, owner.position)
+          IS DISTINCT FROM (claimed.topic, claimed.partition, claimed.position)
+"""
 Origin = tuple[str, int, int]
 
 
@@ -74,8 +73,7 @@ class IdStore:
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
-        # A claim is one statement, atomic by itself: one way to the server instead of three.
-        self._single = engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._single = SingleStatements(engine)  # a claim is one, atomic by itself
 
     async def claim(self, claims: IdClaims) -> set[Origin]:
         """Claim ids; returns the origins that lost: another record owns their id.
@@ -85,15 +83,13 @@ class IdStore:
         if not len(claims):
             return set()
         reach(Point.INGEST_CLAIMING)
-        async with database_errors(), self._single.connect() as connection:
-            fresh = (await connection.execute(_CLAIM, vars(claims))).rowcount
+        fresh = await self._single.execute(_CLAIM, *vars(claims).values())
         reach(Point.INGEST_CLAIMED)
         if fresh == len(claims):
             return set()
-        async with database_errors(), self._single.connect() as connection:
-            found = await connection.execute(_OWNERS, {"digests": claims.digests})
-            owners = {(row.topic, row.partition, row.position) for row in found}
-        return set(claims.origins) - owners
+        where = (claims.digests, claims.topics, claims.partitions, claims.positions)
+        lost = await self._single.rows(_LOST, *where)
+        return {(topic, partition, position) for topic, partition, position in lost}
 
     async def forget(self, topic: str, before_us: int) -> int:
         """Drop ids of events older than `before_us` (event time); returns how many."""

@@ -6,15 +6,20 @@ import asyncio
 from typing import Any
 
 import pytest
+from aiokafka.codec import lz4_encode
+from aiokafka.producer.message_accumulator import BatchBuilder
+from aiokafka.record.default_records import DefaultRecordBatch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from causemesh.bus import kafka_producer
 from causemesh.bus.base import Outbound
 from causemesh.bus.kafka_producer import PartitionQueue
 from causemesh.errors import Fatal
 
 BATCH_RECORDS = 3
 TOO_LARGE = b"too large"
+_HEADER_BYTES = 61  # of a Kafka record batch; what follows is compressed as one
 
 
 class Batch:
@@ -142,3 +147,19 @@ async def test_the_broker_of_these_tests_takes_one_batch_at_a_time() -> None:
     with pytest.raises(AssertionError, match="in flight"):
         await broker.send_batch(Batch(), "t", partition=0)
     await first
+
+
+def built(compression: int) -> bytes:
+    """A batch as the producer builds it."""
+    batch = BatchBuilder(1 << 20, compression)
+    for number in range(500):
+        batch.append(timestamp=1, key=b"k", value=b"value %d" % (number * 7919), headers=[])
+    return bytes(batch._build())
+
+
+def test_batches_are_compressed_at_the_quick_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    quick = built(DefaultRecordBatch.CODEC_LZ4)
+    records = built(0)[_HEADER_BYTES:]
+    assert lz4_encode(records, 1) in quick
+    monkeypatch.setattr(kafka_producer._builder, "lz4_encode", lz4_encode)  # the control arm
+    assert lz4_encode(records, 1) not in built(DefaultRecordBatch.CODEC_LZ4)

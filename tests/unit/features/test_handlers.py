@@ -21,6 +21,7 @@ from causemesh.clock import SystemClock
 from causemesh.codec.columns import frame_schema
 from causemesh.errors import Poison
 from causemesh.runner import NEVER, Batch
+from services.features.domain.models import UNRESOLVED
 from services.features.domain.parsing import parse_views
 from services.features.handlers import (
     REQUESTS,
@@ -283,6 +284,27 @@ def live(position: int, **more: Any) -> Batch:
     return batch(
         (REQUESTS, 0), [{**row, "inputs": [{"name": "x", "value": 1.0}], **more}], position
     )
+
+
+async def test_few_requests_are_packed_as_many_are() -> None:
+    """Few go one by one, many by columns: the same bytes."""
+    processor = join()
+    await processor.process([registrations()], 0, None)
+    names = ["m@1", UNRESOLVED, "m@2", "m@1", "m@1"] * 60
+    numbers = [[("x", 0.1)], [("x", 1.0)], [("y", 2.0), ("x", 1e30)], None, [("x", None)]] * 60
+    rows = [
+        pairs and [{"name": name, "value": value} for name, value in pairs] for pairs in numbers
+    ]
+    inputs = pl.Series(rows, dtype=pl.List(pl.Struct({"name": pl.String, "value": pl.Float64})))
+    signatures = pl.Series(names)
+    many = processor._packed_inputs(signatures, inputs).to_list()
+    few = [
+        row
+        for at in range(0, 300, 5)
+        for row in processor._packed_inputs(signatures[at : at + 5], inputs[at : at + 5])
+    ]
+    assert few == many
+    assert {len(one) for one in many} == {0, 4}
 
 
 def event(value: float, at_us: int, position: int, site: str = "n") -> Batch:

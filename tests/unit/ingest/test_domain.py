@@ -77,6 +77,8 @@ def test_numbers_inside_inputs_count() -> None:
     ]
     rows = frame(value=[1.0] * 3).with_columns(pl.Series("inputs", inputs, dtype=INPUTS))
     assert reasons(rows) == ["not_a_number", None, None]
+    many = pl.concat([rows] * 50)  # few rows are looked at one by one
+    assert reasons(many) == ["not_a_number", None, None] * 50
 
 
 def test_of_several_reasons_the_first_is_told() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -70,20 +71,24 @@ class ProducingClock:
 
 
 @pytest.mark.parametrize(
-    ("gather_s", "max_records", "sizes", "slept"),
+    ("limits", "sizes", "slept"),
     [
-        (0.25, 100, [1, 3, 3], [0.25, 0.25, 0.25]),
-        (0.25, 1, [1] * 7, []),  # behind: every fetch is full
-        (0.0, 100, [7], []),
+        (Limits(gather_s=0.25), [1, 3, 3], [0.25, 0.25, 0.25]),
+        (Limits(gather_s=0.25, max_records=1), [1] * 7, []),  # behind: every fetch is full
+        (Limits(), [7], []),
+        (Limits(bulk_records=3, bulk_gather_s=0.1), [7], [0.1]),  # all at once
+        (Limits(bulk_records=1, bulk_gather_s=0.1), [1, 3, 3], [0.1, 0.1, 0.1]),
+        (Limits(bulk_records=1, bulk_gather_s=0.1, max_records=1), [1] * 7, []),
+        (Limits(bulk_records=8, bulk_gather_s=0.1), [7], []),  # few come: nobody waits for more
     ],
 )
 async def test_records_gather_only_where_asked_and_not_behind(
-    gather_s: float, max_records: int, sizes: list[int], slept: list[float]
+    limits: Limits, sizes: list[int], slept: list[float]
 ) -> None:
     bus = MemoryBus()
     for topic in CATALOGUE.topics.values():
         bus.create(topic.name, topic.partitions)
-    now = 1 if slept else 7
+    now = sizes[0] if slept else 7
     await bus.producer("p").send([Outbound(INBOX, 0, [None] * now, [b"no record"] * now)])
     registry, units, clock = MemoryRegistry(), Units(7), ProducingClock(bus, 7 - now)
     worker = PartitionWorker(
@@ -96,7 +101,7 @@ async def test_records_gather_only_where_asked_and_not_behind(
         decoder=Decoder(registry),
         emitter=Emitter(CATALOGUE, RegistryEncoders(registry), bus.producer("p"), ()),
         clock=clock,
-        limits=Limits(max_records=max_records, max_wait_s=0.0, gather_s=gather_s),
+        limits=replace(limits, max_wait_s=0.0),
     )
     units.worker = worker
     await worker.run()

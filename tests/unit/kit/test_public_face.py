@@ -37,7 +37,8 @@ FACE = {
     },
     runner.Limits: {
         "": "max_records=, max_wait_s=, attempts=, retry_s=, commit_every_units=, gather_s=,"
-        " commit_every_s="
+        " commit_every_s=, bulk_records=, bulk_gather_s=",
+        "pause_s": "most",
     },
     service.Service: {
         "": "name, settings, *, catalogue, bus, registry, engine",

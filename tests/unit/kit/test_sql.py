@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncpg
 import pytest
 import sqlalchemy as sa
 
@@ -35,6 +36,28 @@ async def _answered(sqlstate: str) -> None:
 async def test_a_server_that_can_not_serve_now_is_waited_for(sqlstate: str) -> None:
     with pytest.raises(Retryable):
         await _answered(sqlstate)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        asyncpg.exceptions.CannotConnectNowError("starting up"),
+        asyncpg.exceptions.AdminShutdownError("shut down"),
+        asyncpg.exceptions.ConnectionDoesNotExistError("closed in the middle of an operation"),
+        asyncpg.exceptions.InterfaceError("the connection is closed"),
+        ConnectionResetError(),
+    ],
+)
+async def test_the_driver_itself_says_so_in_its_own_words(error: Exception) -> None:
+    with pytest.raises(Retryable):
+        async with database_errors():
+            raise error
+
+
+async def test_the_driver_s_other_errors_are_bugs() -> None:
+    with pytest.raises(asyncpg.UniqueViolationError):
+        async with database_errors():
+            raise asyncpg.UniqueViolationError("twice")
 
 
 @pytest.mark.parametrize("sqlstate", ["23505", "42P01", "57014"])

@@ -11,16 +11,20 @@ from itertools import chain
 from typing import Literal, get_args
 
 from causemesh.expressions import check_expression
-from services.features.domain.durations import default_tile, format_duration
+from services.features.domain.durations import default_tile
 from services.features.domain.failures import DefinitionError
+from services.features.domain.windows import Shape, Window, ordered, window_problems
 
-Aggregation = Literal["count", "sum", "mean", "min", "max", "std", "last", "latest", "age"]
+Aggregation = Literal[
+    "count", "sum", "mean", "min", "max", "std", "first", "last", "ewma", "latest", "age"
+]
 Scope = Literal["tenant", "shared"]
 Placement = Literal["partitioned", "rekeyed", "broadcast"]
 
 AGGREGATIONS: tuple[Aggregation, ...] = get_args(Aggregation)
 WINDOWLESS = frozenset({"latest", "age"})
 COLUMNLESS = frozenset({"count", "age"})
+UNDIVIDED = WINDOWLESS | {"ewma"}
 NAME = re.compile(r"[a-z][a-z0-9_]{0,62}\Z")
 
 # A ring row costs 8 bytes x tiles x primitives for every entity, so a window is cut no finer.
@@ -38,12 +42,29 @@ class InputColumn:
 
 @dataclass(frozen=True)
 class Feature:
-    """One number of the vector. `window_us` is None for `latest` and `age`."""
+    """One number of the vector. `window_us` is None for `latest` and `age`.
+
+    `shape` and `part_us` (a session's gap, the half-life of an ewma) complete the window; where
+    `per_us` is given, the number is divided by the same one over a sliding window of that length.
+    """
 
     name: str
     aggregation: Aggregation
     column: str | None = None
     window_us: int | None = None
+    shape: Shape = "sliding"
+    part_us: int = 0
+    per_us: int | None = None
+
+    @property
+    def window(self) -> Window | None:
+        """The window; None for `latest` and `age`."""
+        return None if self.window_us is None else Window(self.window_us, self.shape, self.part_us)
+
+    @property
+    def per(self) -> Window | None:
+        """The window of the denominator; None where there is none."""
+        return None if self.per_us is None else Window(self.per_us)
 
 
 @dataclass(frozen=True)
@@ -76,20 +97,22 @@ class FeatureView:
             object.__setattr__(self, "request_entity", self.entity)
         if not self.tile_us:
             try:
-                object.__setattr__(self, "tile_us", default_tile(self.windows))
+                lengths = [length for window in self.windows for length in window.lengths]
+                object.__setattr__(self, "tile_us", default_tile(lengths))
             except ValueError as error:
                 raise DefinitionError(f"view {self.name!r}: {error}") from error
         _check_view(self)
 
     @property
-    def windows(self) -> tuple[int, ...]:
-        """The distinct window lengths in microseconds, shortest first."""
-        return tuple(sorted({f.window_us for f in self.features if f.window_us is not None}))
+    def windows(self) -> tuple[Window, ...]:
+        """The distinct windows, sliding ones first, shortest first."""
+        found = [w for f in self.features for w in (f.window, f.per) if w is not None]
+        return ordered(found)
 
     @property
     def tiles(self) -> int:
-        """How many tiles the longest window needs; 0 when no feature has a window."""
-        return max(self.windows, default=0) // self.tile_us
+        """How many tiles an answer may look at; 0 when no feature has a window."""
+        return max((window.reach_us for window in self.windows), default=0) // self.tile_us
 
     @property
     def feature_names(self) -> tuple[str, ...]:
@@ -128,12 +151,7 @@ def _header_problems(view: FeatureView) -> list[str]:
 def _window_problems(view: FeatureView) -> list[str]:
     if view.tile_us <= 0:
         return ["the tile must be longer than 0"]
-    problems = [
-        f"window {format_duration(window)} is no multiple of the tile "
-        f"{format_duration(view.tile_us)}"
-        for window in view.windows
-        if window <= 0 or window % view.tile_us
-    ]
+    problems = [p for window in view.windows for p in window_problems(window, view.tile_us)]
     if view.tiles > MAX_TILES:
         problems.append(f"the longest window has {view.tiles} tiles, more than {MAX_TILES}")
     return problems
@@ -158,6 +176,9 @@ def _feature_problems(feature: Feature, columns: set[str]) -> list[str]:
         f"has the unknown aggregation {kind!r}": kind in AGGREGATIONS,
         "needs a window": feature.window_us is not None or kind in WINDOWLESS,
         f"takes no window ({kind})": feature.window_us is None or kind not in WINDOWLESS,
+        "takes a half-life, and nothing else does": (feature.shape == "decayed")
+        == (kind == "ewma"),
+        "takes no second window": feature.per_us is None or kind not in UNDIVIDED,
         f"needs a column ({kind})": feature.column is not None or kind in COLUMNLESS,
         "takes no column (age)": feature.column is None or kind != "age",
         f"reads the undeclared column {feature.column!r}": feature.column is None

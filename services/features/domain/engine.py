@@ -15,17 +15,18 @@ from services.features.domain.aggregates import (
     Aggregates,
     RowEvents,
     newest,
-    newest_of_segments,
+    records_of_segments,
     reduce_segments,
 )
 from services.features.domain.chunk import Chunk
 from services.features.domain.definitions import FeatureView
 from services.features.domain.entities import EntityIndex
 from services.features.domain.events import Ints, ViewEvents
-from services.features.domain.layout import EVENT, Layout, layout_of
+from services.features.domain.layout import EVENT, TIME, Layout, layout_of
 from services.features.domain.ring import EMPTY, TileRing
 from services.features.domain.snapshots import frame_matrix, matrix_frame, pack, unpack
 from services.features.domain.vectors import Primitives, Vectors, vectors
+from services.features.domain.windowed import Extents, extents_of, session_ages
 
 Entities = pl.Series | Sequence[str | None]
 
@@ -103,16 +104,18 @@ class ViewState:
 
     def answer_rows(self, rows: Ints, as_of_us: Ints, parts: Sequence[RowEvents]) -> Vectors:
         """`answer_chunk` for rows that `EntityIndex.find` gave out."""
-        tile = self.view.tile_us
-        newest_tile = (as_of_us - 1) // tile
-        windows = self.ring.windows(rows, newest_tile)
-        latest = self._latest[rows, : len(self.layout.latests)]
+        chunk = None
         if len(rows) and any(len(part) for part in parts):
             chunk = Chunk(self.layout, parts, rows)
-            first_us = (newest_tile[:, None] - self.layout.spans + 1) * tile
-            windows = windows.merge(chunk.windows(first_us, as_of_us))
+        extents = extents_of(self.layout, self.view.tile_us, as_of_us)
+        self._place_sessions(rows, extents, chunk)
+        windows = self.ring.windows(rows, extents)
+        latest = self._latest[rows, : len(self.layout.latests)]
+        if chunk is not None:
+            windows = windows.merge(chunk.windows(extents))
             latest = newest(latest, chunk.latest(as_of_us))
-        return vectors(self.view, self.layout, Primitives(windows, latest, as_of_us))
+        primitives = Primitives(windows.aggregates, windows.decayed, latest, as_of_us)
+        return vectors(self.view, self.layout, primitives)
 
     def evict(self, before_us: int, keep: Ints | None = None) -> int:
         """Forget entities that no answer as of `before_us` or later depends on; returns how many.
@@ -187,6 +190,23 @@ class ViewState:
         fresh.applied_until_us = header["applied_until_us"]
         self.__dict__.update(fresh.__dict__)
 
+    def _place_sessions(self, rows: Ints, extents: Extents, chunk: Chunk | None) -> None:
+        """Find out how far back each open session goes, and write it into `extents.high`."""
+        sessions = [i for i, w in enumerate(self.layout.windows) if w.shape == "session"]
+        if not sessions:
+            return
+        parts = [self.layout.mins.index((sign, TIME)) for sign in (1, -1)]
+        found = self.ring.tile_minima(rows, extents.newest_tile, parts)
+        first, last = found[:, :, 0], -found[:, :, 1]
+        if chunk is not None:
+            from_chunk = chunk.tile_times(extents, first.shape[1])
+            first, last = np.minimum(first, from_chunk[0]), np.maximum(last, from_chunk[1])
+        for place in sessions:
+            ages, gap_us = self.layout.spans[place], self.layout.windows[place].part_us
+            extents.high[:, place] = session_ages(
+                first[:, :ages], last[:, :ages], extents.as_of_us, gap_us
+            )
+
     def _ensure(self) -> None:
         have = len(self._latest)
         if self.index.end <= have:
@@ -231,7 +251,7 @@ class ViewState:
         starts = np.flatnonzero(np.diff(events.rows, prepend=-1))
         rows = events.rows[starts]
         found = np.stack(
-            [newest_of_segments(events, column, starts) for column in self._kept], axis=1
+            [records_of_segments(events, 1, column, starts) for column in self._kept], axis=1
         )
         self._latest[rows] = newest(self._latest[rows], found)
 

@@ -15,7 +15,8 @@ views:
     features:
       "*": [count]                 # count_1h, count_3h; also [age]
       delay: [mean, std, max 3h]   # delay_mean_1h, delay_mean_3h, delay_std_1h, ..., delay_max_3h
-      late: [mean 3h]              # late_mean_3h
+      late: [mean 3h, sum 1h/1d]   # late_mean_3h, late_sum_1h_per_1d: one divided by the other
+      wait: [sum tumbling:1d, max session:30m:6h, ewma 1h]  # see windows.py
       temp: [latest]               # temp_latest
     tile: 5m                       # optional, as are version, resolution and retention
 ```
@@ -29,6 +30,7 @@ from typing import Any
 from services.features.domain.definitions import (
     AGGREGATIONS,
     DEFAULT_RESOLUTION,
+    UNDIVIDED,
     WINDOWLESS,
     Aggregation,
     Feature,
@@ -37,6 +39,7 @@ from services.features.domain.definitions import (
 )
 from services.features.domain.durations import parse_duration
 from services.features.domain.failures import DefinitionError
+from services.features.domain.windows import half_life, parse_window
 
 _KEYS = frozenset(
     [
@@ -117,6 +120,8 @@ def _features(body: object, windows: tuple[str, ...]) -> Iterator[Feature]:
             if own and kind in WINDOWLESS:
                 raise ValueError(f"{item!r}: {kind} takes no window")
             source = None if column == "*" else str(column)
+            if kind == "ewma" and not own:
+                raise ValueError(f"{name} names no half-life: write `ewma 1h`")
             yield from _over(kind, name, source, tuple(own) or windows)
 
 
@@ -128,8 +133,18 @@ def _over(
         return
     if not windows:
         raise ValueError(f"{name} has no window: write `windows: [3h]` or `{kind} 3h`")
-    for window in windows:
-        yield Feature(f"{name}_{window}", kind, column, parse_duration(window))
+    for text in windows:
+        yield _windowed(kind, name, column, text)
+
+
+def _windowed(kind: Aggregation, name: str, column: str | None, text: str) -> Feature:
+    first, _, per = text.partition("/")
+    if per and kind in UNDIVIDED:
+        raise ValueError(f"{kind} {text}: {kind} takes no second window")
+    window = half_life(first) if kind == "ewma" else parse_window(first)
+    full_name = f"{name}_{text.replace('/', '_per_').replace(':', '_')}"
+    per_us = parse_duration(per) if per else None
+    return Feature(full_name, kind, column, window.length_us, window.shape, window.part_us, per_us)
 
 
 def _columns(body: object, features: tuple[Feature, ...]) -> tuple[InputColumn, ...]:

@@ -27,7 +27,7 @@ from services.features.domain.snapshots import pack, unpack_blobs
 from services.features.domain.state import PartitionState
 from services.features.domain.vectors import row_bytes
 from services.features.publishing import VectorPublisher
-from services.features.rekeying import INPUTS, inputs_of, unpacked, view_id
+from services.features.rekeying import INPUTS, inputs_of, unpacked
 
 REQUESTS = "inference.requests.v1"
 VERSIONS = "models.versions.v1"
@@ -146,7 +146,7 @@ class Join:
         self._slice_us = slice_us
         self._source_number = source_numbers(catalogue)
         self._partitions = catalogue.topic(REQUESTS).partitions
-        self._by_id = {view_id(view): view for view in plan.views}
+        self._by_id = {view.id: view for view in plan.views}
         self._clock = clock
         self._publish_seconds = publish_seconds
         self._units = 0
@@ -157,7 +157,7 @@ class Join:
         """See `Processor.restore`; after a restart every vector of the partition is published."""
         self.state = PartitionState(self._plan.views, slice_us=self._slice_us)
         self.state.declare(UNRESOLVED, ())
-        self.book = ModelBook(self.state.store.feature_names)
+        self.book = ModelBook(self.state.store.known_names)
         self._publisher = VectorPublisher(
             self.state.store, self.partition, self._partitions, self._clock, self._publish_seconds
         )
@@ -191,7 +191,7 @@ class Join:
             self._learn(batch)
         for batch, events in read:
             for view, found in events:
-                self.state.add_view_events(view.name, found)
+                self.state.add_view_events(view.id, found)
             self._publisher.heard(batch)
         for batch in batches:
             if batch.topic == REQUESTS:

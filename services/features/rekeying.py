@@ -15,17 +15,12 @@ from services.features.domain.vectors import row_bytes
 INPUTS = "features.inputs.v1"
 
 
-def view_id(view: FeatureView) -> str:
-    """name@vN, as on the topics."""
-    return f"{view.name}@v{view.version}"
-
-
 def inputs_of(batch: Batch, found: Sequence[tuple[FeatureView, ViewEvents]]) -> Outgoing:
     """The view inputs of one batch of events, in cause order; the index numbers the views."""
     parts = [
         pl.DataFrame(
             {
-                "view": pl.repeat(view_id(view), len(events), dtype=pl.String, eager=True),
+                "view": pl.repeat(view.id, len(events), dtype=pl.String, eager=True),
                 "entity": events.entity,
                 "columns": pl.Series(_packed(events), dtype=pl.Binary),
                 "occurred_at": pl.Series(events.occurred_at_us).cast(pl.Datetime("us", "UTC")),

@@ -77,11 +77,12 @@ class Aligner:
     def declare(self, signature: str, feature_names: Sequence[str]) -> None:
         """Say which features the requests of a signature ask for; Misdeclared if one is unknown.
 
-        A signature never changes its meaning: declaring it again with other features is refused.
+        A signature never changes its meaning: declaring it again with other features is refused,
+        and so is a name without version that means another version than it did.
         """
-        self._store.check(feature_names)
-        known = self._signatures.setdefault(signature, tuple(feature_names))
-        if known != tuple(feature_names):
+        pinned = self._store.pinned(feature_names)
+        known = self._signatures.setdefault(signature, pinned)
+        if known != pinned:
             raise Misdeclared(f"signature {signature!r} is already declared with other features")
 
     def add_events(self, view_name: str, events: ViewEvents) -> None:

@@ -74,6 +74,15 @@ class Chunk:
         first = np.where(used, times[older], NO_MINIMUM)
         return first, np.where(used, times[newer - 1], NEVER)
 
+    def events_of(self, extents: Extents, ages: int) -> tuple[Ints, RowEvents]:
+        """The events that each request may see in its newest `ages` tiles, and whose they are."""
+        at = self._edges(slice(None), extents, ages)
+        high = at[:, 0]
+        sizes = np.maximum(high - at[:, -1], 0)
+        requests = np.repeat(np.arange(len(high)), sizes)
+        first = np.repeat(at[:, -1] - (np.cumsum(sizes) - sizes), sizes)
+        return requests, self._events.take(first + np.arange(len(requests)))
+
     def _edges(self, chosen: slice, extents: Extents, ages: int) -> Ints:
         """How many events sort before each edge of the tiles, newest edge first: [n, ages + 1]."""
         edges = (extents.newest_tile[chosen, None] + 1 - np.arange(ages + 1)) * extents.tile_us

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Literal, get_args
@@ -16,7 +16,21 @@ from services.features.domain.failures import DefinitionError
 from services.features.domain.windows import Shape, Window, ordered, window_problems
 
 Aggregation = Literal[
-    "count", "sum", "mean", "min", "max", "std", "first", "last", "ewma", "latest", "age"
+    "count",
+    "sum",
+    "mean",
+    "min",
+    "max",
+    "std",
+    "first",
+    "last",
+    "ewma",
+    "distinct",
+    "quantile",
+    "top",
+    "share",
+    "latest",
+    "age",
 ]
 Scope = Literal["tenant", "shared"]
 Placement = Literal["partitioned", "rekeyed", "broadcast"]
@@ -24,6 +38,9 @@ Placement = Literal["partitioned", "rekeyed", "broadcast"]
 AGGREGATIONS: tuple[Aggregation, ...] = get_args(Aggregation)
 WINDOWLESS = frozenset({"latest", "age"})
 COLUMNLESS = frozenset({"count", "age"})
+RANKED = frozenset({"top", "share"})
+# What can be said of a text as well as of a number: it is read as a number that stands for it.
+OF_TEXTS = frozenset({"count", "distinct", "share"})
 UNDIVIDED = WINDOWLESS | {"ewma"}
 NAME = re.compile(r"[a-z][a-z0-9_]{0,62}\Z")
 
@@ -46,6 +63,7 @@ class Feature:
 
     `shape` and `part_us` (a session's gap, the half-life of an ewma) complete the window; where
     `per_us` is given, the number is divided by the same one over a sliding window of that length.
+    `parameter` is the q of a quantile (0 to 1) and the k of `top` and `share`.
     """
 
     name: str
@@ -55,6 +73,7 @@ class Feature:
     shape: Shape = "sliding"
     part_us: int = 0
     per_us: int | None = None
+    parameter: float = 0.0
 
     @property
     def window(self) -> Window | None:
@@ -104,6 +123,11 @@ class FeatureView:
         _check_view(self)
 
     @property
+    def id(self) -> str:
+        """name@vN, as on the topics."""
+        return f"{self.name}@v{self.version}"
+
+    @property
     def windows(self) -> tuple[Window, ...]:
         """The distinct windows, sliding ones first, shortest first."""
         found = [w for f in self.features for w in (f.window, f.per) if w is not None]
@@ -123,6 +147,21 @@ class FeatureView:
     def fingerprint(self) -> str:
         """A digest of everything that the meaning of stored state depends on."""
         return hashlib.sha256(repr(self).encode()).hexdigest()[:32]
+
+
+def by_reference(views: Iterable[FeatureView]) -> dict[str, FeatureView]:
+    """The views by all that may name them: `name@vN`, and `name` alone for the lowest version.
+
+    The lowest, so that adding a version changes nothing for those who named none. Raises
+    DefinitionError when two views are of one name and version.
+    """
+    found: dict[str, FeatureView] = {}
+    for view in sorted(views, key=lambda view: view.version):
+        if view.id in found:
+            raise DefinitionError(f"view {view.id!r} is defined twice: give one another version")
+        found[view.id] = view
+        found.setdefault(view.name, view)
+    return found
 
 
 def _check_view(view: FeatureView) -> None:
@@ -178,6 +217,9 @@ def _feature_problems(feature: Feature, columns: set[str]) -> list[str]:
         f"takes no window ({kind})": feature.window_us is None or kind not in WINDOWLESS,
         "takes a half-life, and nothing else does": (feature.shape == "decayed")
         == (kind == "ewma"),
+        "needs a quantile between 0 and 1": kind != "quantile" or 0 <= feature.parameter <= 1,
+        "needs a whole k from 1 on": kind not in RANKED
+        or (feature.parameter >= 1 and float(feature.parameter).is_integer()),
         "takes no second window": feature.per_us is None or kind not in UNDIVIDED,
         f"needs a column ({kind})": feature.column is not None or kind in COLUMNLESS,
         "takes no column (age)": feature.column is None or kind != "age",

@@ -24,6 +24,7 @@ from services.features.domain.entities import EntityIndex
 from services.features.domain.events import Ints, ViewEvents
 from services.features.domain.layout import EVENT, TIME, Layout, layout_of
 from services.features.domain.ring import EMPTY, TileRing
+from services.features.domain.sketched import BLOCK, ViewSketches
 from services.features.domain.snapshots import frame_matrix, matrix_frame, pack, unpack
 from services.features.domain.vectors import Primitives, Vectors, vectors
 from services.features.domain.windowed import Extents, extents_of, session_ages
@@ -47,6 +48,7 @@ class ViewState:
         self.layout: Layout = layout_of(view)
         self.index = EntityIndex()
         self.ring = TileRing(self.layout, view.tiles)
+        self.sketches = ViewSketches(self.layout, self.ring)
         # the newest record of each column, and of the event itself, which eviction goes by
         latests = self.layout.latests
         self._kept = tuple(dict.fromkeys((*latests, EVENT))) if latests else ()
@@ -104,6 +106,10 @@ class ViewState:
 
     def answer_rows(self, rows: Ints, as_of_us: Ints, parts: Sequence[RowEvents]) -> Vectors:
         """`answer_chunk` for rows that `EntityIndex.find` gave out."""
+        if self.layout.sketches and len(rows) > BLOCK:
+            blocks = [slice(start, start + BLOCK) for start in range(0, len(rows), BLOCK)]
+            answers = [self.answer_rows(rows[b], as_of_us[b], parts) for b in blocks]
+            return np.concatenate(answers)
         chunk = None
         if len(rows) and any(len(part) for part in parts):
             chunk = Chunk(self.layout, parts, rows)
@@ -114,7 +120,8 @@ class ViewState:
         if chunk is not None:
             windows = windows.merge(chunk.windows(extents))
             latest = newest(latest, chunk.latest(as_of_us))
-        primitives = Primitives(windows.aggregates, windows.decayed, latest, as_of_us)
+        sketches = self.sketches.answer(rows, extents, chunk) if self.layout.sketches else None
+        primitives = Primitives(windows.aggregates, windows.decayed, latest, as_of_us, sketches)
         return vectors(self.view, self.layout, primitives)
 
     def evict(self, before_us: int, keep: Ints | None = None) -> int:
@@ -137,12 +144,14 @@ class ViewState:
         keys = [key for key, gone in zip(self.index.keys, idle.tolist(), strict=True) if gone]
         released = self.index.release(keys)
         self.ring.clear(released)
+        self.sketches.forget(released)
         self._latest[released] = NEVER
         return len(released)
 
     def memory_bytes(self) -> int:
         """Bytes of the arrays and, roughly, of the dictionary."""
-        return self.ring.memory_bytes() + self._latest.nbytes + self.index.memory_bytes()
+        arrays = self.ring.memory_bytes() + self._latest.nbytes + self.sketches.memory_bytes()
+        return arrays + self.index.memory_bytes()
 
     def snapshot(self) -> bytes:
         """The whole state as bytes; what no answer can see any more is left out."""
@@ -164,6 +173,7 @@ class ViewState:
             "mins": matrix_frame(parts.mins[visible]),
             "lasts": matrix_frame(parts.lasts[visible]),
         }
+        frames |= self.sketches.frames(self._oldest_tile())
         return pack(header, frames)
 
     def restore(self, snapshot: bytes) -> None:
@@ -187,6 +197,7 @@ class ViewState:
         )
         if slots.height:
             fresh.ring.merge(slots["row"].to_numpy(), slots["tile"].to_numpy(), parts)
+        fresh.sketches.load(frames)
         fresh.applied_until_us = header["applied_until_us"]
         self.__dict__.update(fresh.__dict__)
 
@@ -234,6 +245,7 @@ class ViewState:
             rows, of_run = rows[fits], of_run[fits]
             parts = Aggregates(parts.sums[fits], parts.mins[fits], parts.lasts[fits])
         fresh = self.ring.merge(rows, of_run, parts)
+        self.sketches.add(events, tiles, self._oldest_tile())
         if not fresh.all():
             sizes = np.diff(starts, append=len(events))[fits]
             late += int(sizes[~fresh].sum())

@@ -6,6 +6,7 @@ a re-keyed topic can carry the result (`frame`, `from_frame`) bit for bit.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ import polars as pl
 from polars.exceptions import ColumnNotFoundError, PolarsError
 
 from causemesh.errors import Misdeclared, Poison
-from services.features.domain.definitions import FeatureView
+from services.features.domain.definitions import OF_TEXTS, FeatureView
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -26,6 +27,7 @@ NULL = np.iinfo(np.int64).min
 SUM_LIMIT = 2**40
 # ... and where squares are kept, q * q itself must fit (its two halves are summed apart).
 SQUARE_LIMIT = 2**31
+_TEXTS = (pl.String, pl.Categorical, pl.Enum)
 # So few rows are joined sooner one by one than by an expression.
 _FEW = 64
 # Between the parts of a composite entity key.
@@ -95,6 +97,9 @@ def read_events(view: FeatureView, frame: pl.DataFrame) -> ViewEvents:
     values = np.empty((len(view.columns), kept.height), np.int64)
     bad: dict[int, str] = {}
     for place, column in enumerate(view.columns):
+        if inputs[column.name].dtype.base_type() in _TEXTS:
+            values[place] = _text_units(view, inputs[column.name])
+            continue
         limit = SQUARE_LIMIT if _squared(view, column.name) else SUM_LIMIT
         values[place], wrong = quantise(_numbers(view, inputs[column.name]), view, limit)
         reason = f"view {view.name}: {column.name} is infinite or beyond {limit * view.resolution}"
@@ -161,6 +166,24 @@ def int64(frame: pl.DataFrame, name: str) -> Ints:
 
 def _squared(view: FeatureView, column: str) -> bool:
     return any(f.column == column and f.aggregation == "std" for f in view.features)
+
+
+def _text_units(view: FeatureView, series: pl.Series) -> Ints:
+    """Whole numbers that stand for texts: 52 bits of BLAKE2, the same in every process.
+
+    So few bits that a float64 holds them: they travel on features.inputs.v1 as one.
+    """
+    wrong = {f.aggregation for f in view.features if f.column == series.name} - OF_TEXTS
+    if wrong:
+        raise Misdeclared(
+            f"view {view.name!r}: {series.name} is a text, not a number: it has no {min(wrong)}"
+        )
+    texts = series.cast(pl.String)
+    known: dict[str | None, int] = {None: NULL}
+    for text in texts.unique().drop_nulls().to_list():
+        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+        known[text] = int.from_bytes(digest, "little") >> 12
+    return np.fromiter((known[text] for text in texts.to_list()), np.int64, len(texts))
 
 
 def _numbers(view: FeatureView, series: pl.Series) -> Floats:

@@ -17,8 +17,11 @@ import numpy.typing as npt
 
 from services.features.domain.definitions import Aggregation, Feature, FeatureView
 from services.features.domain.events import NULL, Ints
+from services.features.domain.sketches import SketchKind
 from services.features.domain.windows import Window, decay_weights
 
+# place, span, span of the divisor, parameter, parts
+_Member = tuple[int, int, int, float, tuple[int, ...]]
 SumKind = Literal["count", "sum", "square_high", "square_low"]
 EVENT = -1  # in place of a column: the event itself ...
 TIME = -2  # ... or the time of it
@@ -30,6 +33,12 @@ _SUMS: dict[str, tuple[SumKind, ...]] = {
     "std": ("count", "sum", "square_high", "square_low"),
     "ewma": ("count", "sum"),
 }
+_SKETCHES: dict[str, SketchKind] = {
+    "distinct": "registers",
+    "quantile": "buckets",
+    "top": "values",
+    "share": "values",
+}
 _SIGNS = {"min": 1, "max": -1, "last": 1, "first": -1}
 SQUARE_BITS = 31
 
@@ -39,7 +48,7 @@ class Group:
     """The features of one aggregation: where they stand and what they are made from.
 
     places: columns of the answer; spans: which window; parts: for each primitive, its index;
-    per: which window the divisor is over, None where nothing is divided.
+    per: which window the divisor is over, None where nothing is divided; parameters: of each.
     """
 
     aggregation: Aggregation
@@ -47,6 +56,7 @@ class Group:
     spans: Ints
     parts: tuple[Ints, ...]
     per: Ints | None = None
+    parameters: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,8 @@ class Layout:
     """The primitives of a view. Columns are numbered in the view's order; EVENT is the event.
 
     windows: sliding ones first, shortest first; spans: their lengths in tiles; sums: (kind,
-    column); mins and lasts: (sign, column); latests: columns; decays; groups: the features.
+    column); mins and lasts: (sign, column); latests: columns; decays; sketches: (kind, column);
+    groups: the features.
     """
 
     windows: tuple[Window, ...]
@@ -73,6 +84,7 @@ class Layout:
     lasts: tuple[tuple[int, int], ...]
     latests: tuple[int, ...]
     decays: tuple[Decay, ...]
+    sketches: tuple[tuple[SketchKind, int], ...]
     groups: tuple[Group, ...]
 
     @property
@@ -95,6 +107,7 @@ class _Draft:
     lasts: dict[tuple[int, int], int] = field(default_factory=dict)
     latests: dict[int, int] = field(default_factory=dict)
     decays: dict[tuple[Window, int], int] = field(default_factory=dict)
+    sketches: dict[tuple[SketchKind, int], int] = field(default_factory=dict)
 
     def parts(self, feature: Feature, column: int) -> tuple[int, ...]:
         """The indexes of what a feature is made from."""
@@ -104,6 +117,9 @@ class _Draft:
             if kind != "ewma" or feature.window is None:
                 return sums
             return (self.decays.setdefault((feature.window, column), len(self.decays)),)
+        if kind in _SKETCHES:
+            sketch = (_SKETCHES[kind], column)
+            return (self.sketches.setdefault(sketch, len(self.sketches)),)
         if kind in _SIGNS:
             kept = self.mins if kind in ("min", "max") else self.lasts
             return (kept.setdefault((_SIGNS[kind], column), len(kept)),)
@@ -117,12 +133,12 @@ def layout_of(view: FeatureView) -> Layout:
     windows = tuple(w for w in view.windows if w.shape != "decayed")
     span_of: dict[Window | None, int] = {window: i for i, window in enumerate(windows)}
     draft = _Draft()
-    grouped: dict[tuple[Aggregation, bool], list[tuple[int, int, int, tuple[int, ...]]]] = {}
+    grouped: dict[tuple[Aggregation, bool], list[_Member]] = {}
     for place, feature in enumerate(view.features):
         parts = draft.parts(feature, column_of[feature.column])
         span, per = span_of.get(feature.window, 0), span_of.get(feature.per, 0)
         key = (feature.aggregation, feature.per is not None)
-        grouped.setdefault(key, []).append((place, span, per, parts))
+        grouped.setdefault(key, []).append((place, span, per, feature.parameter, parts))
     if any(window.shape == "session" for window in windows):
         for sign in (1, -1):
             draft.mins.setdefault((sign, TIME), len(draft.mins))
@@ -133,6 +149,7 @@ def layout_of(view: FeatureView) -> Layout:
         mins=tuple(draft.mins),
         lasts=tuple(draft.lasts),
         latests=tuple(draft.latests),
+        sketches=tuple(draft.sketches),
         decays=_decays(view, draft.decays, draft.sums),
         groups=tuple(_group(*key, members) for key, members in grouped.items()),
     )
@@ -156,13 +173,18 @@ def _decays(
 def _group(
     kind: Aggregation,
     divided: bool,
-    members: Sequence[tuple[int, int, int, tuple[int, ...]]],
+    members: Sequence[_Member],
 ) -> Group:
-    places, spans, per, parts = zip(*members, strict=True)
+    places, spans, per, parameters, parts = zip(*members, strict=True)
     index = [np.array(column, np.int64) for column in zip(*parts, strict=True)]
     divisors = np.array(per, np.int64) if divided else None
     return Group(
-        kind, np.array(places, np.int64), np.array(spans, np.int64), tuple(index), divisors
+        kind,
+        np.array(places, np.int64),
+        np.array(spans, np.int64),
+        tuple(index),
+        divisors,
+        parameters,
     )
 
 

@@ -90,6 +90,17 @@ class TileRing:
         found = self._data.mins[:, list(parts)].take(slots, axis=0)
         return np.where(held[:, :, None], found, NO_MINIMUM)
 
+    def held_slots(self, rows: Ints, newest_tile: Ints) -> tuple[Ints, Ints, Ints]:
+        """Of the tiles by age that are held: whose (index into rows), the age and the slot."""
+        slots, held = self._slots(rows, newest_tile)
+        owners, ages = np.nonzero(held)
+        return owners, ages, slots[owners, ages]
+
+    @property
+    def held(self) -> Ints:
+        """Which tile each slot holds, EMPTY for none; read only."""
+        return self._held
+
     def clear(self, rows: Ints) -> None:
         """Empty all tiles of these rows."""
         if self.length:

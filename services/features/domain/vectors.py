@@ -10,9 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from services.features.domain.aggregates import NEVER, NO_MINIMUM, Aggregates
+from services.features.domain.cells import Cells
 from services.features.domain.definitions import FeatureView
 from services.features.domain.events import Ints
 from services.features.domain.layout import SQUARE_BITS, Group, Layout
+from services.features.domain.sketched import SketchAnswers
+from services.features.domain.sketches import distinct, quantile, share, top
 from services.features.domain.windowed import decayed_total
 
 Vectors = npt.NDArray[np.float32]
@@ -36,13 +39,14 @@ class Primitives:
     """All that an answer is made from.
 
     windows: aggregates of shape [n, windows]; decayed: int64 [n, decays, 3]; latest: records [n,
-    latests, RECORD]; as_of_us: [n].
+    latests, RECORD]; as_of_us: [n]; sketches: None where the view has none.
     """
 
     windows: Aggregates
     decayed: Ints
     latest: Ints
     as_of_us: Ints
+    sketches: SketchAnswers | None = None
 
 
 def vectors(view: FeatureView, layout: Layout, primitives: Primitives) -> Vectors:
@@ -120,6 +124,18 @@ def _ewma(view: FeatureView, group: Group, primitives: Primitives) -> Floats:
     return _unless(weight == 0, mean * view.resolution)
 
 
+def _sketched(view: FeatureView, group: Group, primitives: Primitives) -> Floats:
+    out = np.empty((len(primitives.as_of_us), len(group.spans)))
+    finish = _SKETCHED[group.aggregation]
+    scale = view.resolution if group.aggregation in ("quantile", "top") else 1.0
+    asked = zip(group.parts[0].tolist(), group.spans.tolist(), group.parameters, strict=True)
+    for place, (sketch, window, parameter) in enumerate(asked):
+        assert primitives.sketches is not None
+        cells = primitives.sketches.cells(sketch, window)
+        out[:, place] = finish(cells, parameter, len(out)) * scale
+    return out
+
+
 def _latest(view: FeatureView, group: Group, primitives: Primitives) -> Floats:
     found = primitives.latest[:, group.parts[0]]
     return _unless(_gone(view, found, primitives), found[..., 3] * view.resolution)
@@ -155,6 +171,16 @@ _FINISH: dict[str, Callable[[FeatureView, Group, Primitives], Floats]] = {
     "first": _last,
     "last": _last,
     "ewma": _ewma,
+    "distinct": _sketched,
+    "quantile": _sketched,
+    "top": _sketched,
+    "share": _sketched,
     "latest": _latest,
     "age": _age,
+}
+_SKETCHED: dict[str, Callable[[Cells, float, int], Floats]] = {
+    "distinct": lambda found, _, n: distinct(found.owners, found.values, n),
+    "quantile": lambda found, q, n: quantile(found.owners, found.cells, found.values, q, n),
+    "top": lambda found, k, n: top(found.owners, found.cells, found.values, int(k), n),
+    "share": lambda found, k, n: share(found.owners, found.cells, found.values, int(k), n),
 }

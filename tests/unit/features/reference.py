@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import numpy as np
 import polars as pl
 
 from services.features.domain.definitions import Feature, FeatureView
+from services.features.domain.sketches import MAX_VALUES
 from services.features.domain.windows import Window
 
 
@@ -84,7 +86,12 @@ def _over(
     if feature.aggregation == "ewma":
         return _ewma(view, feature, column, events, as_of_us)
     units = [_units(view, e.inputs[column]) for e in events]
-    return _aggregate(feature.aggregation, [u for u in units if u is not None], view.resolution)
+    present = [u for u in units if u is not None]
+    if feature.aggregation in ("distinct", "quantile", "top", "share"):
+        tiles = [e.occurred_at_us // view.tile_us for e in events]
+        tiled = [(t, u) for t, u in zip(tiles, units, strict=True) if u is not None]
+        return _sketched(feature, present, tiled, view.resolution)
+    return _aggregate(feature.aggregation, present, view.resolution)
 
 
 def _in_window(
@@ -124,6 +131,69 @@ def _ewma(
         return math.nan
     high, low = weighted >> 32, weighted & (2**32 - 1)
     return (high * 2.0**32 + low) / weight * view.resolution
+
+
+def _sketched(
+    feature: Feature, units: list[int], tiled: list[tuple[int, int]], resolution: float
+) -> float:
+    if feature.aggregation == "distinct":
+        return distinct(set(units))
+    if not units:
+        return math.nan
+    if feature.aggregation == "quantile":
+        exact = sorted(units)[math.floor(feature.parameter * (len(units) - 1))]
+        return middle(exact) * resolution
+    for tile in {t for t, _ in tiled}:
+        if len({u for t, u in tiled if t == tile}) > MAX_VALUES:
+            return math.nan
+    k = int(feature.parameter)
+    ranked = sorted(Counter(units).items(), key=lambda item: (-item[1], item[0]))
+    if feature.aggregation == "top":
+        return ranked[k - 1][0] * resolution if k <= len(ranked) else math.nan
+    return sum(count for _, count in ranked[:k]) / len(units)
+
+
+def middle(unit: int) -> float:
+    """The middle of the run of numbers that share sign and first seven binary digits."""
+    size = abs(unit)
+    dropped = max(size.bit_length() - 7, 0)
+    low = size >> dropped << dropped
+    return math.copysign(low + (2**dropped - 1) / 2, unit)
+
+
+def distinct(units: set[int]) -> float:
+    """HyperLogLog with 1,024 registers and Ertl's estimator, one register after another."""
+    m, bits = 1024, 54
+    registers = [0] * m
+    for unit in units:
+        mixed = mix(unit)
+        rest = mixed & (2**bits - 1)
+        place = mixed >> bits
+        registers[place] = max(registers[place], bits - rest.bit_length() + 1)
+    x = 1 - registers.count(bits + 1) / m
+    tau, y, before = 1 - x, 1.0, math.inf
+    while 0 < x < 1 and tau != before:
+        x, y, before = math.sqrt(x), y / 2, tau
+        tau -= (1 - x) ** 2 * y
+    z = m * (tau / 3 if 0 < x < 1 else 0.0)
+    for rank in range(bits, 0, -1):
+        z = 0.5 * (z + registers.count(rank))
+    x = registers.count(0) / m
+    if x == 1:
+        return 0.0
+    sigma, y, before = x, 1.0, math.inf
+    while sigma != before:
+        x, before = x * x, sigma
+        sigma, y = sigma + x * y, y + y
+    return m * m / (z + m * sigma) / (2 * math.log(2))
+
+
+def mix(unit: int) -> int:
+    """The finaliser of splitmix64."""
+    bits = (unit + 0x9E3779B97F4A7C15) % 2**64
+    bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EB % 2**64
+    return bits ^ (bits >> 31)
 
 
 def _units(view: FeatureView, number: float | None) -> int | None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from causemesh.errors import Misdeclared, Poison
 from services.features.domain.definitions import FeatureView
+from services.features.domain.failures import DefinitionError
 from services.features.domain.parsing import parse_views
 from services.features.domain.state import PartitionState
 from tests.unit.features.reference import Event, expected
@@ -382,7 +383,7 @@ def test_late_arrivals_are_counted() -> None:
     state.add_requests(requests(95, 100))
     done = state.advance(100_000)
     assert (done.late_events, done.dropped_events, done.late_requests) == (3, 2, 1)
-    assert done.touched["departures"].size == 1
+    assert done.touched["departures@v1"].size == 1
     assert state.advance(100_000).late_events == 0
 
 
@@ -410,7 +411,7 @@ def test_declarations_and_snapshots_must_agree() -> None:
     with pytest.raises(Misdeclared, match="slice_us"):
         PartitionState(VIEWS, slice_us=7).restore(state.snapshot())
     with pytest.raises(Misdeclared, match="unknown feature view"):
-        state.add_view_events("x", state.store.read("departed", departures(1))["departures"])
+        state.add_view_events("x", state.store.read("departed", departures(1))["departures@v1"])
 
 
 def test_a_new_view_is_reported_when_older_state_is_restored() -> None:
@@ -418,9 +419,53 @@ def test_a_new_view_is_reported_when_older_state_is_restored() -> None:
     older.add_events("departed", departures(1, 15))
     older.advance(10_000)
     state = PartitionState(VIEWS, slice_us=SLICE * MS)
-    assert state.restore(older.snapshot()) == ["weather"]
+    assert state.restore(older.snapshot()) == ["weather@v1"]
     state.declare("both", SIGNATURES["both"])
     state.add_requests(requests(20))
     assert state.advance(20_000).applied == 1
     assert counts(state.ready()) == [(0, 2.0)]
     assert state.memory_bytes() > 0
+
+
+def two_versions(*numbers: int) -> PartitionState:
+    """Versions of a view that counts departures: over 20 ms, and from version 2 on over 40 ms."""
+    body = {"event": "departed", "entity": "origin", "scope": "shared", "tile": "10ms"}
+    views = {
+        f"busy@v{n}": {**body, "features": {"*": ["count 20ms" if n == 1 else "count 40ms"]}}
+        for n in numbers
+    }
+    if numbers == (1, 1):
+        views = {"busy": {**views["busy@v1"], "filter": "cancelled = 0"}, **views}
+    return PartitionState(parse_views({"views": views}), slice_us=SLICE * MS)
+
+
+def test_versions_of_a_view_answer_side_by_side() -> None:
+    state = two_versions(1, 2)
+    names = ("busy@v1.count_20ms", "busy@v2.count_40ms", "busy.count_20ms")
+    state.declare("both", names)
+    state.add_events("departed", departures(1, 15, 25))
+    state.add_requests(requests(40))
+    assert state.advance(40_000).applied == 6  # each version has a state of its own
+    ready = state.ready()
+    assert ready is not None
+    assert np.frombuffer(ready["vector"][0], "<f4").tolist() == [1.0, 3.0, 1.0]
+    with pytest.raises(Misdeclared, match=r"busy\.count_40ms"):
+        state.declare("newest", ["busy.count_40ms"])  # no version: the lowest
+
+
+def test_a_name_without_version_never_comes_to_mean_another_version() -> None:
+    state = two_versions(1, 2)
+    state.declare("pinned", ["busy@v2.count_40ms"])
+    retired = two_versions(2)
+    retired.restore(state.snapshot())
+    state.declare("loose", ["busy.count_20ms"])
+    with pytest.raises(Misdeclared, match=r"busy@v1\.count_20ms"):
+        two_versions(2).restore(state.snapshot())
+
+
+def test_one_name_and_version_twice_is_refused() -> None:
+    with pytest.raises(DefinitionError, match="'busy@v1' is defined twice"):
+        two_versions(1, 1)
+    body = {"event": "e", "entity": "k", "version": 2, "features": {"*": ["count 1h"]}}
+    with pytest.raises(DefinitionError, match="the name says v3"):
+        parse_views({"views": {"busy@v3": body}})

@@ -21,6 +21,16 @@ from tests.unit.features.reference import Event, expected, frame_of
 
 TILE = 10
 KINDS: tuple[Aggregation, ...] = ("count", "sum", "mean", "min", "max", "std", "last")
+SKETCHED: list[tuple[str, Aggregation, float]] = [
+    ("distinct", "distinct", 0),
+    ("p0", "quantile", 0.0),
+    ("p50", "quantile", 0.5),
+    ("p99", "quantile", 0.99),
+    ("top1", "top", 1),
+    ("top3", "top", 3),
+    ("share1", "share", 1),
+    ("share2", "share", 2),
+]
 ENTITIES = ["a", "b", "c"]
 ASKED = [*ENTITIES, "unknown", None]
 
@@ -47,6 +57,11 @@ def more_features() -> list[Feature]:
         ]
         features += [
             Feature(f"{column}_{kind}_ratio", kind, column, TILE, per_us=5 * TILE) for kind in KINDS
+        ]
+        features += [
+            Feature(f"{column}_{name}_{w}_{s}", kind, column, w, s, p, parameter=parameter)
+            for name, kind, parameter in SKETCHED
+            for _, w, s, p in [*shapes, ("", 3 * TILE, "sliding", 0), ("", TILE, "sliding", 0)]
         ]
         features.append(
             Feature(f"{column}_day_ratio", "sum", column, 2 * TILE, "tumbling", 0, 4 * TILE)

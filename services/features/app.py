@@ -22,6 +22,7 @@ from services.features.handlers import (
     source_numbers,
     tasks_topic,
 )
+from services.features.lateness import LATE
 from services.features.publishing import VECTORS
 from services.features.rekeying import INPUTS
 from services.features.settings import FeatureSettings
@@ -36,6 +37,7 @@ async def main() -> None:
     plan = Plan.of(parse_views(document))
     async with open_service("features", settings) as service:
         catalogue = service.catalogue = service.catalogue.with_sources(INPUTS, plan.rekeyed)
+        outcomes = service.metrics.outcomes
         if plan.rekeyed:
             service.runner(
                 Stage("features", "features-rekey", plan.rekeyed, (INPUTS,)),
@@ -46,7 +48,7 @@ async def main() -> None:
             "features",
             "features",
             (REQUESTS, *([INPUTS] if plan.rekeyed else []), *plan.shared),
-            (*map(tasks_topic, LANES), VECTORS),
+            (*map(tasks_topic, LANES), VECTORS, LATE),
             (*plan.broadcast, VERSIONS, ROLLOUTS),
         )
         runner = service.runner(
@@ -58,6 +60,7 @@ async def main() -> None:
                 slice_us=round(settings.slice_seconds * 1e6),
                 clock=service.clock,
                 publish_seconds=settings.publish_seconds if settings.publish_vectors else None,
+                count=lambda kind, view, number: outcomes.labels(kind, view).inc(number),
             ),
             Limits(max_records=20_000, commit_every_units=settings.commit_every_units),
         )

@@ -80,7 +80,7 @@ class Explainer:
             found = read_events(view, frame)
             mine = (found.entity == key).to_numpy() & (found.occurred_at_us < as_of_us)
             if mine.any():
-                store.views[view.id].apply(_only(found, mine))
+                store.views[view.id].apply(found.take(np.flatnonzero(mine)))
                 counts = mine & (found.occurred_at_us >= oldest_us)
                 places += _places(batch.topic, batch.partition, found, counts)
         newest = sorted(places, key=lambda place: (place["occurred_at_us"], place["position"]))
@@ -93,16 +93,6 @@ def _oldest_us(view: FeatureView, as_of_us: int) -> int:
         return -(2**62) if view.retention_us is None else as_of_us - view.retention_us
     tile = view.tile_us
     return ((as_of_us - 1) // tile - view.tiles + 1) * tile
-
-
-def _only(events: ViewEvents, keep: Any) -> ViewEvents:
-    return ViewEvents(
-        events.entity.filter(pl.Series(keep)),
-        events.occurred_at_us[keep],
-        events.source[keep],
-        events.position[keep],
-        events.values[:, keep],
-    )
 
 
 def _places(topic: str, partition: int, events: ViewEvents, counts: Any) -> list[dict[str, Any]]:

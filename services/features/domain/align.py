@@ -24,6 +24,7 @@ from services.features.domain.snapshots import frame_matrix, matrix_frame, pack,
 
 ApplyOn = Literal["watermark", "arrival"]
 DEFAULT_SLICE_US = 60_000_000
+_NONE: Ints = np.empty(0, np.int64)
 _REQUIRED = ("source", "position", "occurred_at_us", "mode", "signature", "tenant_id")
 
 
@@ -32,9 +33,9 @@ class Advanced:
     """What one `advance` did.
 
     answered: requests; applied: events; late_events: those that came behind what was applied
-    already; dropped_events: late ones that no tile could take; late_requests: replay requests
-    that came behind it, whose answers may hold events after their slice; touched: by view, the
-    rows whose state changed.
+    already; dropped_events: those of them that a view did not take, or no tile; late_requests:
+    replay requests that came behind it, whose answers may hold events after their slice; touched:
+    by view, the rows whose state changed.
     """
 
     answered: int = 0
@@ -85,15 +86,30 @@ class Aligner:
         if known != pinned:
             raise Misdeclared(f"signature {signature!r} is already declared with other features")
 
-    def add_events(self, view_name: str, events: ViewEvents) -> None:
-        """Take events of one view (`read_events` made them)."""
+    def add_events(self, view_name: str, events: ViewEvents) -> Ints:
+        """Take events of one view (`read_events` made them).
+
+        Returns which of them it did not take: those that came too late for the view.
+        """
         if view_name not in self._pending:
             raise Misdeclared(f"events for the unknown feature view {view_name!r}")
-        if not len(events):
-            return
-        coded = self._store.views[view_name].encode(events)
-        if self._boundary_us is not None:
-            self._late_events += int((coded.occurred_at_us < self._boundary_us).sum())
+        missed = self._missed(view_name, events.occurred_at_us)
+        if len(missed):
+            events = events.take(np.delete(np.arange(len(events)), missed))
+        if len(events):
+            self._take(view_name, self._store.views[view_name].encode(events))
+        return missed
+
+    def _missed(self, view_name: str, occurred_at_us: Ints) -> Ints:
+        if self._boundary_us is None:
+            return _NONE
+        self._late_events += int((occurred_at_us < self._boundary_us).sum())
+        from_us = self._store.views[view_name].view.taken_from_us(self._boundary_us)
+        missed = np.flatnonzero(occurred_at_us < min(from_us, self._boundary_us))
+        self._dropped_events += len(missed)
+        return missed
+
+    def _take(self, view_name: str, coded: RowEvents) -> None:
         if self._apply_on == "arrival":
             self._apply(view_name, coded, None)
         else:
@@ -158,6 +174,11 @@ class Aligner:
         frames = [frame for frame in (self._waiting, self._held) if frame is not None]
         floors = [int(frame["occurred_at_us"].to_numpy().min()) for frame in frames]
         return min(floors, default=None)
+
+    @property
+    def applied_until_us(self) -> int | None:
+        """All events before this time were applied, but for late ones; None before any."""
+        return self._boundary_us
 
     @property
     def answered_until_us(self) -> int | None:

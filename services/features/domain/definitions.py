@@ -46,6 +46,7 @@ NAME = re.compile(r"[a-z][a-z0-9_]{0,62}\Z")
 
 # A ring row costs 8 bytes x tiles x primitives for every entity, so a window is cut no finer.
 MAX_TILES = 4096
+_NEVER_US = -(2**62)
 DEFAULT_RESOLUTION = 2.0**-10
 
 
@@ -94,7 +95,9 @@ class FeatureView:
     scope `tenant` every tenant has state of its own, in scope `shared` all share one. `tile_us` is
     the hop of the windows: the smallest change of time that moves a window's edge. `resolution` is
     the grid that inputs are rounded to. `retention_us` bounds the age of `latest` and lets an idle
-    entity be forgotten. Raises DefinitionError when the parts do not fit together.
+    entity be forgotten. `lateness_us` is how far behind the watermark an event may come (None: as
+    long as an answer to come can see it). Raises DefinitionError when the parts do not fit
+    together.
     """
 
     name: str
@@ -109,6 +112,7 @@ class FeatureView:
     tile_us: int = 0
     resolution: float = DEFAULT_RESOLUTION
     retention_us: int | None = None
+    lateness_us: int | None = None
     request_entity: tuple[str, ...] = field(default=())
 
     def __post_init__(self) -> None:
@@ -137,6 +141,16 @@ class FeatureView:
     def tiles(self) -> int:
         """How many tiles an answer may look at; 0 when no feature has a window."""
         return max((window.reach_us for window in self.windows), default=0) // self.tile_us
+
+    def taken_from_us(self, applied_until_us: int) -> int:
+        """The earliest event time that is not too late once all events until then are applied."""
+        from_us = _NEVER_US
+        if self.lateness_us is not None:
+            from_us = applied_until_us - self.lateness_us
+        if all(feature.window_us is not None for feature in self.features):
+            oldest_tile = (applied_until_us - 1) // self.tile_us - self.tiles + 1
+            from_us = max(from_us, oldest_tile * self.tile_us)
+        return from_us
 
     @property
     def feature_names(self) -> tuple[str, ...]:
@@ -182,6 +196,7 @@ def _header_problems(view: FeatureView) -> list[str]:
         "resolution must be a positive number": math.isfinite(view.resolution)
         and view.resolution > 0,
         "retention must be positive": view.retention_us is None or view.retention_us > 0,
+        "lateness must be 0 or more": view.lateness_us is None or view.lateness_us >= 0,
         "it has no features": bool(view.features),
     }
     return [problem for problem, holds in checks.items() if not holds]

@@ -51,6 +51,16 @@ class ViewEvents:
     def __len__(self) -> int:
         return len(self.occurred_at_us)
 
+    def take(self, chosen: Ints) -> ViewEvents:
+        """The chosen events, in the order chosen."""
+        return ViewEvents(
+            self.entity.gather(chosen),
+            self.occurred_at_us[chosen],
+            self.source[chosen],
+            self.position[chosen],
+            self.values[:, chosen],
+        )
+
     def frame(self, view: FeatureView) -> pl.DataFrame:
         """The same as a frame: entity, occurred_at_us, source, position, one column an input."""
         inputs = {c.name: _nullable(q) for c, q in zip(view.columns, self.values, strict=True)}

@@ -20,7 +20,7 @@ views:
       fare: [p50 1d, p99.9 1d]     # fare_p50_1d, fare_p99_9_1d
       wait: [sum tumbling:1d, max session:30m:6h, ewma 1h]  # see windows.py
       temp: [latest]               # temp_latest
-    tile: 5m                       # optional, as are version, resolution and retention
+    tile: 5m                       # optional, as are version, resolution, retention and lateness
 ```
 """
 
@@ -62,6 +62,7 @@ _KEYS = frozenset(
         "tile",
         "resolution",
         "retention",
+        "lateness",
     ]
 )
 
@@ -115,8 +116,14 @@ def _build(name: str, version: int, body: Mapping[str, Any]) -> FeatureView:
         features=features,
         tile_us=parse_duration(body["tile"]) if "tile" in body else 0,
         resolution=float(body.get("resolution", DEFAULT_RESOLUTION)),
+        lateness_us=_lateness(body.get("lateness")),
         retention_us=parse_duration(body["retention"]) if "retention" in body else None,
     )
+
+
+def _lateness(value: object) -> int | None:
+    """How late an event may come: a duration, or 0."""
+    return None if value is None else 0 if value == 0 else parse_duration(value)
 
 
 def _entity(entity: object) -> tuple[tuple[str, ...], tuple[str, ...]]:

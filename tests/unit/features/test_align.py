@@ -469,3 +469,43 @@ def test_one_name_and_version_twice_is_refused() -> None:
     body = {"event": "e", "entity": "k", "version": 2, "features": {"*": ["count 1h"]}}
     with pytest.raises(DefinitionError, match="the name says v3"):
         parse_views({"views": {"busy@v3": body}})
+
+
+@pytest.mark.parametrize(("lateness", "missed"), [(None, [2]), ("25ms", [2]), ("15ms", [1, 2])])
+def test_an_event_behind_the_allowed_lateness_is_handed_back(
+    lateness: str | None, missed: list[int]
+) -> None:
+    """Times 95, 80 and 45 ms at watermark 100 ms; the window of 40 ms reaches back to 60 ms."""
+    body = {"event": "departed", "entity": "origin", "scope": "shared", "tile": "10ms"}
+    features = {"features": {"*": ["count 40ms"]}}
+    late = {} if lateness is None else {"lateness": lateness}
+    state = PartitionState(
+        parse_views({"views": {"busy": {**body, **features, **late}}}), slice_us=SLICE * MS
+    )
+    state.declare("busy", ["busy.count_40ms"])
+    state.advance(100_000)
+    events = state.store.read("departed", departures(95, 80, 45))["busy@v1"]
+    assert state.add_view_events("busy@v1", events).tolist() == missed
+    done = state.advance(100_000)
+    assert (done.late_events, done.dropped_events, done.applied) == (
+        3,
+        len(missed),
+        3 - len(missed),
+    )
+    state.add_requests(requests(100).with_columns(signature=pl.lit("busy")))
+    state.advance(100_000)
+    ready = state.ready()
+    assert ready is not None
+    assert np.frombuffer(ready["vector"][0], "<f4").tolist() == [3.0 - len(missed)]
+
+
+def test_latest_takes_any_event_unless_its_lateness_is_bounded() -> None:
+    """An old event may still be the newest of its entity."""
+    for lateness, missed in (({}, []), ({"lateness": 0}, [0])):
+        body = {"event": "observed", "entity": "origin", "features": {"temp": ["latest"]}}
+        state = PartitionState(parse_views({"views": {"w": {**body, **lateness}}}))
+        state.advance(10**12)
+        frame = departures(1).with_columns(temp=pl.lit(4.0))
+        events = state.store.read("observed", frame)["w@v1"]
+        assert state.add_view_events("w@v1", events).tolist() == missed
+        assert len(state.store.views["w@v1"].entities) == 1 - len(missed)  # no row for nothing

@@ -10,7 +10,9 @@ from causemesh.log import LogReader
 from causemesh.runner import Limits, Stage
 from causemesh.service import open_service, run_process
 from services.features.api import routes
+from services.features.domain.feature_store import FeatureStore
 from services.features.domain.parsing import parse_views
+from services.features.domain.transforms import parse_transforms
 from services.features.explaining import Explainer
 from services.features.handlers import (
     REQUESTS,
@@ -34,7 +36,8 @@ async def main() -> None:
     """Wire and serve."""
     settings = FeatureSettings()
     document = yaml.safe_load(settings.project_file("features.yaml").read_text())
-    plan = Plan.of(parse_views(document))
+    views = parse_views(document)
+    plan = Plan.of(views, parse_transforms(document, FeatureStore(views).known_names))
     async with open_service("features", settings) as service:
         catalogue = service.catalogue = service.catalogue.with_sources(INPUTS, plan.rekeyed)
         outcomes = service.metrics.outcomes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,13 +18,13 @@ from services.features.domain.events import Ints, ViewEvents, read_events
 from services.features.domain.models import (
     UNRESOLVED,
     ModelBook,
-    Signature,
     full_vectors,
     named_numbers,
     named_values,
 )
 from services.features.domain.snapshots import pack, unpack_blobs
 from services.features.domain.state import PartitionState
+from services.features.domain.transforms import Transforms
 from services.features.domain.vectors import row_bytes
 from services.features.lateness import Missed, missed_records
 from services.features.publishing import VectorPublisher
@@ -55,9 +55,10 @@ class Plan:
     shared: tuple[str, ...]
     broadcast: tuple[str, ...]
     """Event topics of the joining stage: its own partition of them, or all."""
+    transforms: Transforms = field(default_factory=Transforms)
 
     @classmethod
-    def of(cls, views: Sequence[FeatureView]) -> Plan:
+    def of(cls, views: Sequence[FeatureView], transforms: Transforms | None = None) -> Plan:
         """Broadcast wins where an event serves both a broadcast and a partitioned view."""
         by: dict[str, set[str]] = {"rekeyed": set(), "partitioned": set(), "broadcast": set()}
         for view in views:
@@ -67,6 +68,7 @@ class Plan:
             tuple(sorted(by["rekeyed"])),
             tuple(sorted(by["partitioned"] - by["broadcast"])),
             tuple(sorted(by["broadcast"])),
+            transforms or Transforms(),
         )
 
 
@@ -164,7 +166,7 @@ class Join:
         """See `Processor.restore`; after a restart every vector of the partition is published."""
         self.state = PartitionState(self._plan.views, slice_us=self._slice_us)
         self.state.declare(UNRESOLVED, ())
-        self.book = ModelBook(self.state.store.known_names)
+        self.book = ModelBook(self.state.store.known_names, self._plan.transforms)
         self._publisher = VectorPublisher(
             self.state.store, self.partition, self._partitions, self._clock, self._publish_seconds
         )
@@ -318,7 +320,7 @@ class Join:
         for name in sorted(set(ready["signature"].to_list()) - {UNRESOLVED}):
             at = np.flatnonzero((ready["signature"] == name).to_numpy())
             part = ready if len(at) == ready.height else ready[at]
-            vectors[at], missing = _completed(self.book.signatures[name], part)
+            vectors[at], missing = _completed(self.book, name, part)
             failures[at] = missing
         frame = pl.DataFrame(
             {
@@ -367,9 +369,10 @@ class Join:
 
 
 def _completed(
-    signature: Signature, part: pl.DataFrame
+    book: ModelBook, name: str, part: pl.DataFrame
 ) -> tuple[np.ndarray[Any, Any], list[str | None]]:
-    vectors, missing = full_vectors(signature, part["vector"].to_list(), part["inputs"].to_list())
+    views, inputs = part["vector"].to_list(), part["inputs"].to_list()
+    vectors, missing = full_vectors(book.signatures[name], views, inputs, book.transforms)
     whole = np.empty(len(vectors), dtype=object)
     whole[:] = vectors
     return whole, missing

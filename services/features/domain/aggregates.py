@@ -101,6 +101,18 @@ class RowEvents:
         return RowEvents(empty, empty, empty, empty, np.empty((columns, 0), np.int64))
 
 
+def stacked(events: RowEvents) -> Ints:
+    """Events as one array [n, 4 + columns]."""
+    fields = (events.rows, events.occurred_at_us, events.source, events.position)
+    return np.concatenate([np.stack(fields), events.values]).T
+
+
+def unstacked(array: Ints) -> RowEvents:
+    """What `stacked` was given."""
+    fields = np.ascontiguousarray(array.T)
+    return RowEvents(fields[0], fields[1], fields[2], fields[3], fields[4:])
+
+
 def _order(events: RowEvents, ties: bool) -> Ints:
     if not len(events):
         return np.empty(0, np.int64)

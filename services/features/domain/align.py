@@ -17,7 +17,7 @@ import numpy as np
 import polars as pl
 
 from causemesh.errors import Misdeclared, Poison
-from services.features.domain.aggregates import RowEvents
+from services.features.domain.aggregates import RowEvents, stacked, unstacked
 from services.features.domain.events import Ints, ViewEvents, int64
 from services.features.domain.feature_store import FeatureStore
 from services.features.domain.snapshots import frame_matrix, matrix_frame, pack, unpack
@@ -207,8 +207,8 @@ class Aligner:
         frames = {name: frame for name, frame in named.items() if frame is not None}
         for name, parts in self._pending.items():
             if parts:
-                stacked = _stacked(RowEvents.concatenate(parts))
-                frames[f"pending.{name}"] = matrix_frame(stacked)
+                together = stacked(RowEvents.concatenate(parts))
+                frames[f"pending.{name}"] = matrix_frame(together)
         return pack(header, frames)
 
     def restore(self, snapshot: bytes) -> None:
@@ -226,7 +226,7 @@ class Aligner:
             saved = frames.get(f"pending.{name}")
             if saved is not None:
                 width = 4 + len(state.view.columns)
-                self._pending[name] = [_unstacked(frame_matrix(saved, saved.height, width))]
+                self._pending[name] = [unstacked(frame_matrix(saved, saved.height, width))]
 
     def _check(self, frame: pl.DataFrame) -> None:
         missing = [name for name in _REQUIRED if name not in frame.columns]
@@ -318,14 +318,3 @@ def _append(parts: list[RowEvents], more: RowEvents) -> None:
 def _joined(frame: pl.DataFrame | None, more: pl.DataFrame) -> pl.DataFrame:
     # diagonal: the payload may have gained a column since what is buffered was written
     return more if frame is None else pl.concat([frame, more], how="diagonal_relaxed")
-
-
-def _stacked(events: RowEvents) -> Ints:
-    """Events as one array [n, 4 + columns]."""
-    fields = (events.rows, events.occurred_at_us, events.source, events.position)
-    return np.concatenate([np.stack(fields), events.values]).T
-
-
-def _unstacked(array: Ints) -> RowEvents:
-    fields = np.ascontiguousarray(array.T)
-    return RowEvents(fields[0], fields[1], fields[2], fields[3], fields[4:])

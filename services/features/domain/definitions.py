@@ -46,6 +46,7 @@ NAME = re.compile(r"[a-z][a-z0-9_]{0,62}\Z")
 
 # A ring row costs 8 bytes x tiles x primitives for every entity, so a window is cut no finer.
 MAX_TILES = 4096
+CORRECTION_COLUMNS = ("event_id__", "target__", "void__")
 _NEVER_US = -(2**62)
 DEFAULT_RESOLUTION = 2.0**-10
 
@@ -96,8 +97,10 @@ class FeatureView:
     the hop of the windows: the smallest change of time that moves a window's edge. `resolution` is
     the grid that inputs are rounded to. `retention_us` bounds the age of `latest` and lets an idle
     entity be forgotten. `lateness_us` is how far behind the watermark an event may come (None: as
-    long as an answer to come can see it). Raises DefinitionError when the parts do not fit
-    together.
+    long as an answer to come can see it). `corrects` and `retracts` name the event's columns that
+    hold the id of the event it takes the place of, or removes.
+
+    Raises DefinitionError when the parts do not fit together.
     """
 
     name: str
@@ -113,9 +116,13 @@ class FeatureView:
     resolution: float = DEFAULT_RESOLUTION
     retention_us: int | None = None
     lateness_us: int | None = None
+    corrects: str | None = None
+    retracts: str | None = None
     request_entity: tuple[str, ...] = field(default=())
 
     def __post_init__(self) -> None:
+        if self.corrects or self.retracts:
+            object.__setattr__(self, "columns", self.columns + _correction_columns(self))
         if not self.request_entity:
             object.__setattr__(self, "request_entity", self.entity)
         if not self.tile_us:
@@ -163,6 +170,18 @@ class FeatureView:
         return hashlib.sha256(repr(self).encode()).hexdigest()[:32]
 
 
+def _correction_columns(view: FeatureView) -> tuple[InputColumn, ...]:
+    """The event's id, the id it takes the place of or removes, and whether it only removes.
+
+    All three are texts, so that the view's resolution leaves them alone.
+    """
+    targets = [f'cast("{name}" AS VARCHAR)' for name in (view.corrects, view.retracts) if name]
+    target = targets[0] if len(targets) == 1 else f"coalesce({', '.join(targets)})"
+    void = f'"{view.retracts}" IS NOT NULL' if view.retracts else '"event_id" IS NULL'
+    expressions = ('cast("event_id" AS VARCHAR)', target, f"CASE WHEN {void} THEN 'void' END")
+    return tuple(map(InputColumn, CORRECTION_COLUMNS, expressions))
+
+
 def by_reference(views: Iterable[FeatureView]) -> dict[str, FeatureView]:
     """The views by all that may name them: `name@vN`, and `name` alone for the lowest version.
 
@@ -197,6 +216,11 @@ def _header_problems(view: FeatureView) -> list[str]:
         and view.resolution > 0,
         "retention must be positive": view.retention_us is None or view.retention_us > 0,
         "lateness must be 0 or more": view.lateness_us is None or view.lateness_us >= 0,
+        "corrections need a retention where a feature has no window (latest, age)": not (
+            view.corrects or view.retracts
+        )
+        or view.retention_us is not None
+        or all(feature.window_us is not None for feature in view.features),
         "it has no features": bool(view.features),
     }
     return [problem for problem, holds in checks.items() if not holds]

@@ -21,6 +21,8 @@ views:
       wait: [sum tumbling:1d, max session:30m:6h, ewma 1h]  # see windows.py
       temp: [latest]               # temp_latest
     tile: 5m                       # optional, as are version, resolution, retention and lateness
+    corrects: replaces             # optional: the event's column with the id of the event that it
+    retracts: removes              # takes the place of, or that it only removes
 ```
 """
 
@@ -63,6 +65,8 @@ _KEYS = frozenset(
         "resolution",
         "retention",
         "lateness",
+        "corrects",
+        "retracts",
     ]
 )
 
@@ -117,6 +121,8 @@ def _build(name: str, version: int, body: Mapping[str, Any]) -> FeatureView:
         tile_us=parse_duration(body["tile"]) if "tile" in body else 0,
         resolution=float(body.get("resolution", DEFAULT_RESOLUTION)),
         lateness_us=_lateness(body.get("lateness")),
+        corrects=None if body.get("corrects") is None else str(body["corrects"]),
+        retracts=None if body.get("retracts") is None else str(body["retracts"]),
         retention_us=parse_duration(body["retention"]) if "retention" in body else None,
     )
 

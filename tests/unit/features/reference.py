@@ -22,6 +22,8 @@ class Event:
     source: int
     position: int
     inputs: tuple[float | None, ...]
+    target: str | None = None
+    void: bool = False
 
     @property
     def order(self) -> tuple[int, int, int]:
@@ -54,10 +56,10 @@ def expected(
     view: FeatureView, events: Sequence[Event], entity: str | None, as_of_us: int
 ) -> list[np.float32]:
     """The vector of one entity as of one time, from all events of the view."""
+    before = [e for e in events if e.entity is not None and e.occurred_at_us < as_of_us]
+    removed = {e.target for e in before if e.target is not None}
     seen = [
-        e
-        for e in events
-        if entity is not None and e.entity == entity and e.occurred_at_us < as_of_us
+        e for e in before if e.entity == entity and not e.void and f"e{e.position}" not in removed
     ]
     return [np.float32(_feature(view, f, seen, as_of_us)) for f in view.features]
 

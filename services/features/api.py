@@ -15,6 +15,7 @@ from causemesh.admin import Problem, failures
 from causemesh.bus.partitioner import partitions_of
 from services.features.domain.definitions import FeatureView, by_reference
 from services.features.domain.events import SEPARATOR
+from services.features.domain.memory import entity_bytes
 from services.features.explaining import Asked, Explainer
 from services.features.handlers import Join, Plan
 
@@ -43,7 +44,7 @@ def routes(
 
     @api.get("/views", tags=["views"])
     async def list_views() -> list[dict[str, Any]]:
-        """Every declared feature view with its features."""
+        """Every declared feature view with its features, and what it holds and costs here."""
         return [
             {
                 "view": view.id,
@@ -52,6 +53,8 @@ def routes(
                 "scope": view.scope,
                 "placement": view.placement,
                 "features": list(view.feature_names),
+                "entity_bytes": entity_bytes(view),
+                **_held_now(view, joins()),
             }
             for view in plan.views
         ]
@@ -90,6 +93,15 @@ def routes(
         return {"features": found.values, "events": found.events}
 
     return api
+
+
+def _held_now(view: FeatureView, joins: Mapping[int, Join]) -> dict[str, int]:
+    """How many entities this instance holds of a view, and the bytes of its state."""
+    states = [join.state.store.views[view.id] for join in joins.values()]
+    return {
+        "entities": sum(len(state.index) for state in states),
+        "memory_bytes": sum(state.memory_bytes() for state in states),
+    }
 
 
 def _held(

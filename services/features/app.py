@@ -26,6 +26,7 @@ from services.features.handlers import (
 )
 from services.features.lateness import LATE
 from services.features.publishing import VECTORS
+from services.features.registration import check_views
 from services.features.rekeying import INPUTS
 from services.features.settings import FeatureSettings
 
@@ -40,6 +41,7 @@ async def main() -> None:
     plan = Plan.of(views, parse_transforms(document, FeatureStore(views).known_names))
     async with open_service("features", settings) as service:
         catalogue = service.catalogue = service.catalogue.with_sources(INPUTS, plan.rekeyed)
+        check_views(views, catalogue, settings.memory_mb * 2**20)
         outcomes = service.metrics.outcomes
         if plan.rekeyed:
             service.runner(

@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Literal, get_args
 
@@ -47,6 +47,7 @@ NAME = re.compile(r"[a-z][a-z0-9_]{0,62}\Z")
 # A ring row costs 8 bytes x tiles x primitives for every entity, so a window is cut no finer.
 MAX_TILES = 4096
 CORRECTION_COLUMNS = ("event_id__", "target__", "void__")
+DEFAULT_ENTITIES = 100_000
 _NEVER_US = -(2**62)
 DEFAULT_RESOLUTION = 2.0**-10
 
@@ -98,7 +99,8 @@ class FeatureView:
     the grid that inputs are rounded to. `retention_us` bounds the age of `latest` and lets an idle
     entity be forgotten. `lateness_us` is how far behind the watermark an event may come (None: as
     long as an answer to come can see it). `corrects` and `retracts` name the event's columns that
-    hold the id of the event it takes the place of, or removes.
+    hold the id of the event it takes the place of, or removes. `entities` is how many there may be
+    in one process: what the memory budget is checked for.
 
     Raises DefinitionError when the parts do not fit together.
     """
@@ -118,6 +120,7 @@ class FeatureView:
     lateness_us: int | None = None
     corrects: str | None = None
     retracts: str | None = None
+    entities: int = DEFAULT_ENTITIES
     request_entity: tuple[str, ...] = field(default=())
 
     def __post_init__(self) -> None:
@@ -167,7 +170,8 @@ class FeatureView:
     @property
     def fingerprint(self) -> str:
         """A digest of everything that the meaning of stored state depends on."""
-        return hashlib.sha256(repr(self).encode()).hexdigest()[:32]
+        meaning = replace(self, entities=DEFAULT_ENTITIES)
+        return hashlib.sha256(repr(meaning).encode()).hexdigest()[:32]
 
 
 def _correction_columns(view: FeatureView) -> tuple[InputColumn, ...]:
@@ -215,6 +219,7 @@ def _header_problems(view: FeatureView) -> list[str]:
         "resolution must be a positive number": math.isfinite(view.resolution)
         and view.resolution > 0,
         "retention must be positive": view.retention_us is None or view.retention_us > 0,
+        "entities must be 1 or more": view.entities >= 1,
         "lateness must be 0 or more": view.lateness_us is None or view.lateness_us >= 0,
         "corrections need a retention where a feature has no window (latest, age)": not (
             view.corrects or view.retracts

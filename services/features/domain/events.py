@@ -27,6 +27,9 @@ NULL = np.iinfo(np.int64).min
 SUM_LIMIT = 2**40
 # ... and where squares are kept, q * q itself must fit (its two halves are summed apart).
 SQUARE_LIMIT = 2**31
+MAX_KEY_BYTES = 1024
+# Room for every sum and difference of times and windows in int64.
+MAX_TIME_US = 2**55
 _TEXTS = (pl.String, pl.Categorical, pl.Enum)
 # So few rows are joined sooner one by one than by an expression.
 _FEW = 64
@@ -105,7 +108,7 @@ def read_events(view: FeatureView, frame: pl.DataFrame) -> ViewEvents:
     except (ColumnNotFoundError, PolarsError) as error:
         raise Misdeclared(f"view {view.name!r} cannot read {view.event_type}: {error}") from error
     values = np.empty((len(view.columns), kept.height), np.int64)
-    bad: dict[int, str] = {}
+    bad = _unfit(view, kept)
     for place, column in enumerate(view.columns):
         if inputs[column.name].dtype.base_type() in _TEXTS:
             values[place] = _text_units(view, inputs[column.name])
@@ -123,6 +126,23 @@ def read_events(view: FeatureView, frame: pl.DataFrame) -> ViewEvents:
         int64(kept, "position"),
         values,
     )
+
+
+def _unfit(view: FeatureView, kept: pl.DataFrame) -> dict[int, str]:
+    """The rows whose key is too long or whose time is no time, and why."""
+    long = kept["__entity"].str.len_bytes() > MAX_KEY_BYTES
+    times = kept["occurred_at_us"].cast(pl.Int64)
+    reasons = {
+        f"view {view.name}: an entity key of more than {MAX_KEY_BYTES} bytes": long,
+        f"view {view.name}: an event time outside of the years 829 to 3111": times.abs()
+        > MAX_TIME_US,
+    }
+    return {
+        row: reason
+        for reason, wrong in reasons.items()
+        if wrong.any()
+        for row in kept["__row"].filter(wrong).to_list()
+    }
 
 
 def quantise(numbers: Floats, view: FeatureView, limit: int) -> tuple[Ints, npt.NDArray[np.bool_]]:

@@ -21,6 +21,7 @@ views:
       wait: [sum tumbling:1d, max session:30m:6h, ewma 1h]  # see windows.py
       temp: [latest]               # temp_latest
     tile: 5m                       # optional, as are version, resolution, retention and lateness
+    entities: 100000               # how many there may be in one process, for the memory budget
     corrects: replaces             # optional: the event's column with the id of the event that it
     retracts: removes              # takes the place of, or that it only removes
 ```
@@ -35,6 +36,7 @@ from typing import Any
 
 from services.features.domain.definitions import (
     AGGREGATIONS,
+    DEFAULT_ENTITIES,
     DEFAULT_RESOLUTION,
     UNDIVIDED,
     WINDOWLESS,
@@ -66,6 +68,7 @@ _KEYS = frozenset(
         "retention",
         "lateness",
         "corrects",
+        "entities",
         "retracts",
     ]
 )
@@ -123,6 +126,7 @@ def _build(name: str, version: int, body: Mapping[str, Any]) -> FeatureView:
         lateness_us=_lateness(body.get("lateness")),
         corrects=None if body.get("corrects") is None else str(body["corrects"]),
         retracts=None if body.get("retracts") is None else str(body["retracts"]),
+        entities=int(body.get("entities", DEFAULT_ENTITIES)),
         retention_us=parse_duration(body["retention"]) if "retention" in body else None,
     )
 

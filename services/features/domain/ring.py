@@ -25,12 +25,17 @@ _SPARE = 1
 _BLOCK = 2**17
 
 
+def ring_length(tiles: int) -> int:
+    """Slots for each entity."""
+    return tiles + _SPARE if tiles else 0
+
+
 class TileRing:
     """The tiles of all entities of one view. `tiles` is the longest window, in tiles (0: none)."""
 
     def __init__(self, layout: Layout, tiles: int) -> None:
         self._layout = layout
-        self.length = tiles + _SPARE if tiles else 0
+        self.length = ring_length(tiles)
         self._tiles = tiles
         self._held = np.empty(0, np.int64)
         self._data = Aggregates.nothing(layout, 0)

@@ -71,7 +71,7 @@ def batches(draws: Draw) -> Iterator[pl.DataFrame]:
 def measure_apply(name: str, entities: int, events: int, zipf: bool) -> FeatureStore:
     """Read and apply all events; print the rates of each step and of both."""
     store = FeatureStore([benchmark_view()])
-    state, spent = store.views["v"], {"read": 0.0, "encode": 0.0, "apply": 0.0}
+    state, spent = store.views["v@v1"], {"read": 0.0, "encode": 0.0, "apply": 0.0}
     for frame in batches(np.arange(entities)):
         state.encode(read_events(state.view, frame))  # entities known, as in steady state
     for frame in batches(entity_draws(entities, events, zipf)):
@@ -92,7 +92,7 @@ def measure_apply(name: str, entities: int, events: int, zipf: bool) -> FeatureS
 
 def measure_join(store: FeatureStore, entities: int, rows: int = 100) -> None:
     """Twenty features for a hundred requests, from keys and from a request frame."""
-    state = store.views["v"]
+    state = store.views["v@v1"]
     names, rng = store.feature_names[:20], np.random.default_rng(3)
     newest = int(state.ring.newest_tiles(state.index.rows).max() + 1) * state.view.tile_us
     from_rows, from_frame = [], []
@@ -177,10 +177,10 @@ def main() -> None:
     measure_apply("zipf", arguments.entities, arguments.events, zipf=True)
     store = measure_apply("uniform", arguments.entities, arguments.events, zipf=False)
     measure_join(store, arguments.entities)
-    measure_replay(store.views["v"], arguments.entities, 100_000)
+    measure_replay(store.views["v@v1"], arguments.entities, 100_000)
     for pending, rows in ((0, 1), (0, 100), (300_000, 100)):
         measure_live(arguments.entities, pending, rows)
-    measure_snapshot(store.views["v"])
+    measure_snapshot(store.views["v@v1"])
 
 
 if __name__ == "__main__":

@@ -13,11 +13,11 @@ from pydantic import BaseModel
 
 from causemesh.admin import Problem, failures
 from causemesh.bus.partitioner import partitions_of
-from services.features.domain.definitions import FeatureView
+from services.features.domain.definitions import FeatureView, by_reference
 from services.features.domain.events import SEPARATOR
+from services.features.domain.memory import entity_bytes
 from services.features.explaining import Asked, Explainer
 from services.features.handlers import Join, Plan
-from services.features.rekeying import view_id
 
 
 class ExplainAsk(BaseModel):
@@ -40,38 +40,43 @@ def routes(
 ) -> APIRouter:
     """All routes; `joins()` are the processors this instance runs, by partition."""
     api = APIRouter()
-    views = {view.name: view for view in plan.views}
+    views = by_reference(plan.views)
 
     @api.get("/views", tags=["views"])
     async def list_views() -> list[dict[str, Any]]:
-        """Every declared feature view with its features."""
+        """Every declared feature view with its features, and what it holds and costs here."""
         return [
             {
-                "view": view_id(view),
+                "view": view.id,
                 "event": view.event_type,
                 "entity": list(view.entity),
                 "scope": view.scope,
                 "placement": view.placement,
                 "features": list(view.feature_names),
+                "entity_bytes": entity_bytes(view),
+                **_held_now(view, joins()),
             }
             for view in plan.views
         ]
 
     @api.get("/views/{name}/entities/{entity}", tags=["views"], responses=failures(404, 421))
     async def read_vector(name: str, entity: str, tenant_id: str | None = None) -> dict[str, Any]:
-        """An entity's current features; parts of a composite entity are joined by a comma."""
+        """An entity's current features, of `name` or `name@vN`.
+
+        Parts of a composite entity are joined by a comma.
+        """
         view = views.get(name)
         if view is None:
             raise Problem(404, "not_found", f"no view {name!r}; known: {sorted(views)}")
         held = _held(view, entity.split(","), tenant_id, joins(), partitions)
-        state = held.join.state.store.views[name]
+        state = held.join.state.store.views[view.id]
         if held.entity not in state.entities:
             raise Problem(404, "not_found", f"{name} has seen no event of {entity!r}")
         as_of_us = state.applied_until_us or 0
         vector = state.answer([held.entity], np.array([as_of_us]))[0]
         values = [None if np.isnan(value) else float(value) for value in vector]
         features = dict(zip(view.feature_names, values, strict=True))
-        return {"view": view_id(view), "entity": entity, "as_of_us": as_of_us, "features": features}
+        return {"view": view.id, "entity": entity, "as_of_us": as_of_us, "features": features}
 
     @api.get("/models", tags=["models"])
     async def list_models() -> dict[int, Any]:
@@ -88,6 +93,15 @@ def routes(
         return {"features": found.values, "events": found.events}
 
     return api
+
+
+def _held_now(view: FeatureView, joins: Mapping[int, Join]) -> dict[str, int]:
+    """How many entities this instance holds of a view, and the bytes of its state."""
+    states = [join.state.store.views[view.id] for join in joins.values()]
+    return {
+        "entities": sum(len(state.index) for state in states),
+        "memory_bytes": sum(state.memory_bytes() for state in states),
+    }
 
 
 def _held(

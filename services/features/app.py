@@ -10,7 +10,9 @@ from causemesh.log import LogReader
 from causemesh.runner import Limits, Stage
 from causemesh.service import open_service, run_process
 from services.features.api import routes
+from services.features.domain.feature_store import FeatureStore
 from services.features.domain.parsing import parse_views
+from services.features.domain.transforms import parse_transforms
 from services.features.explaining import Explainer
 from services.features.handlers import (
     REQUESTS,
@@ -22,7 +24,9 @@ from services.features.handlers import (
     source_numbers,
     tasks_topic,
 )
+from services.features.lateness import LATE
 from services.features.publishing import VECTORS
+from services.features.registration import check_views
 from services.features.rekeying import INPUTS
 from services.features.settings import FeatureSettings
 
@@ -33,9 +37,12 @@ async def main() -> None:
     """Wire and serve."""
     settings = FeatureSettings()
     document = yaml.safe_load(settings.project_file("features.yaml").read_text())
-    plan = Plan.of(parse_views(document))
+    views = parse_views(document)
+    plan = Plan.of(views, parse_transforms(document, FeatureStore(views).known_names))
     async with open_service("features", settings) as service:
         catalogue = service.catalogue = service.catalogue.with_sources(INPUTS, plan.rekeyed)
+        check_views(views, catalogue, settings.memory_mb * 2**20)
+        outcomes = service.metrics.outcomes
         if plan.rekeyed:
             service.runner(
                 Stage("features", "features-rekey", plan.rekeyed, (INPUTS,)),
@@ -46,7 +53,7 @@ async def main() -> None:
             "features",
             "features",
             (REQUESTS, *([INPUTS] if plan.rekeyed else []), *plan.shared),
-            (*map(tasks_topic, LANES), VECTORS),
+            (*map(tasks_topic, LANES), VECTORS, LATE),
             (*plan.broadcast, VERSIONS, ROLLOUTS),
         )
         runner = service.runner(
@@ -58,6 +65,7 @@ async def main() -> None:
                 slice_us=round(settings.slice_seconds * 1e6),
                 clock=service.clock,
                 publish_seconds=settings.publish_seconds if settings.publish_vectors else None,
+                count=lambda kind, view, number: outcomes.labels(kind, view).inc(number),
             ),
             Limits(
                 max_records=20_000,

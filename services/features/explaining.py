@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 
 from causemesh.log import LogReader
-from services.features.domain.definitions import FeatureView
+from services.features.domain.definitions import FeatureView, by_reference
 from services.features.domain.events import ViewEvents, entity_keys, read_events
 from services.features.domain.feature_store import FeatureStore
 from services.features.handlers import event_frame
@@ -41,21 +41,24 @@ class Explainer:
 
     def __init__(self, log: LogReader, views: Sequence[FeatureView], source_number: Any) -> None:
         self._log = log
-        self._views = {view.name: view for view in views}
+        self._views = by_reference(views)
         self._source_number = source_number
 
     async def explain(self, asked: Asked) -> Explained:
         """Recompute the features from the events before `as_of_us`, and say which they are."""
         wanted = [name for name in asked.features if name.split(".")[0] in self._views]
-        names = dict.fromkeys(name.split(".")[0] for name in wanted)
+        # `door` and `door@v1` may be the same view: its events count once
+        views = {self._views[one].id: self._views[one] for one in (n.split(".")[0] for n in wanted)}
         request = pl.DataFrame(
             {"tenant_id": [asked.tenant_id], **{k: [v] for k, v in asked.entities.items()}},
             schema_overrides=dict.fromkeys(asked.entities, pl.String),
         )
-        store = FeatureStore([self._views[name] for name in names])
+        store = FeatureStore(views.values())
         events = {}
-        for name in names:
-            events[name] = await self._view(store, self._views[name], request, asked.as_of_us)
+        for view in views.values():
+            lowest = self._views[view.name] is view
+            name = view.name if lowest else view.id
+            events[name] = await self._view(store, view, request, asked.as_of_us)
         vector = store.answer_chunk(request, wanted, np.array([asked.as_of_us]))[0]
         values = {
             name: None if np.isnan(value) else float(value)
@@ -77,7 +80,7 @@ class Explainer:
             found = read_events(view, frame)
             mine = (found.entity == key).to_numpy() & (found.occurred_at_us < as_of_us)
             if mine.any():
-                store.views[view.name].apply(_only(found, mine))
+                store.views[view.id].apply(found.take(np.flatnonzero(mine)))
                 counts = mine & (found.occurred_at_us >= oldest_us)
                 places += _places(batch.topic, batch.partition, found, counts)
         newest = sorted(places, key=lambda place: (place["occurred_at_us"], place["position"]))
@@ -90,16 +93,6 @@ def _oldest_us(view: FeatureView, as_of_us: int) -> int:
         return -(2**62) if view.retention_us is None else as_of_us - view.retention_us
     tile = view.tile_us
     return ((as_of_us - 1) // tile - view.tiles + 1) * tile
-
-
-def _only(events: ViewEvents, keep: Any) -> ViewEvents:
-    return ViewEvents(
-        events.entity.filter(pl.Series(keep)),
-        events.occurred_at_us[keep],
-        events.source[keep],
-        events.position[keep],
-        events.values[:, keep],
-    )
 
 
 def _places(topic: str, partition: int, events: ViewEvents, counts: Any) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,20 +14,21 @@ from causemesh.clock import Clock
 from causemesh.errors import Poison
 from causemesh.runner import Batch, Emission, Outgoing
 from services.features.domain.definitions import FeatureView
-from services.features.domain.events import ViewEvents, read_events
+from services.features.domain.events import Ints, ViewEvents, read_events
 from services.features.domain.models import (
     UNRESOLVED,
     ModelBook,
-    Signature,
     full_vectors,
     named_numbers,
     named_values,
 )
 from services.features.domain.snapshots import pack, unpack_blobs
 from services.features.domain.state import PartitionState
+from services.features.domain.transforms import Transforms
 from services.features.domain.vectors import row_bytes
+from services.features.lateness import Missed, missed_records
 from services.features.publishing import VectorPublisher
-from services.features.rekeying import INPUTS, inputs_of, unpacked, view_id
+from services.features.rekeying import INPUTS, inputs_of, unpacked
 
 REQUESTS = "inference.requests.v1"
 VERSIONS = "models.versions.v1"
@@ -39,6 +40,10 @@ _INSTANTS = {
     "features_as_of": "as_of_us",
     "expires_at": "expires_us",
 }
+# What a view sees of a batch, with the positions of the records in the batch.
+_Read = tuple[FeatureView, ViewEvents, Ints]
+Count = Callable[[str, str, int], None]
+"""Adds a number to the metric of a kind and of a view."""
 
 
 def tasks_topic(lane: str) -> str:
@@ -56,9 +61,10 @@ class Plan:
     shared: tuple[str, ...]
     broadcast: tuple[str, ...]
     """Event topics of the joining stage: its own partition of them, or all."""
+    transforms: Transforms = field(default_factory=Transforms)
 
     @classmethod
-    def of(cls, views: Sequence[FeatureView]) -> Plan:
+    def of(cls, views: Sequence[FeatureView], transforms: Transforms | None = None) -> Plan:
         """Broadcast wins where an event serves both a broadcast and a partitioned view."""
         by: dict[str, set[str]] = {"rekeyed": set(), "partitioned": set(), "broadcast": set()}
         for view in views:
@@ -68,6 +74,7 @@ class Plan:
             tuple(sorted(by["rekeyed"])),
             tuple(sorted(by["partitioned"] - by["broadcast"])),
             tuple(sorted(by["broadcast"])),
+            transforms or Transforms(),
         )
 
 
@@ -148,13 +155,15 @@ class Join:
         slice_us: int,
         clock: Clock,
         publish_seconds: float | None,
+        count: Count = lambda kind, what, number: None,
     ) -> None:
+        self._count = count
         self._plan = plan
         self.partition = partition
         self._slice_us = slice_us
         self._source_number = source_numbers(catalogue)
         self._partitions = catalogue.topic(REQUESTS).partitions
-        self._by_id = {view_id(view): view for view in plan.views}
+        self._by_id = {view.id: view for view in plan.views}
         self._clock = clock
         self._publish_seconds = publish_seconds
         self._units = 0
@@ -165,7 +174,7 @@ class Join:
         """See `Processor.restore`; after a restart every vector of the partition is published."""
         self.state = PartitionState(self._plan.views, slice_us=self._slice_us)
         self.state.declare(UNRESOLVED, ())
-        self.book = ModelBook(self.state.store.feature_names)
+        self.book = ModelBook(self.state.store.known_names, self._plan.transforms)
         self._publisher = VectorPublisher(
             self.state.store, self.partition, self._partitions, self._clock, self._publish_seconds
         )
@@ -197,22 +206,32 @@ class Join:
         ]
         for batch in batches:
             self._learn(batch)
-        for batch, events in read:
-            for view, found in events:
-                self.state.add_view_events(view.name, found)
-            self._publisher.heard(batch)
+        late = [part for batch, events in read for part in self._add(batch, events)]
         for batch in batches:
             if batch.topic == REQUESTS:
                 self.state.add_requests(self._requests(batch))
         advanced = self.state.advance(watermark_us)
         self._evict_sometimes()
         self._publisher.touch(advanced.touched)
-        outgoing = [*self._tasks(), *self._publisher.due(watermark_us)]
+        outgoing = [*self._tasks(), *late, *self._publisher.due(watermark_us)]
         floor = self.state.unemitted_floor_us()
         promise = watermark_us if floor is None else min(watermark_us, floor)
         return Emission(outgoing, {REQUESTS: promise})
 
-    def _read(self, number: int, batch: Batch) -> list[tuple[FeatureView, ViewEvents]]:
+    def _add(self, batch: Batch, events: Sequence[_Read]) -> list[Outgoing]:
+        """Take what was read of a batch; returns what came too late, as records."""
+        self._publisher.heard(batch)
+        missed = []
+        for view, found, positions in events:
+            late = self.state.add_view_events(view.id, found)
+            if len(late):
+                number = self._plan.views.index(view)
+                missed.append(Missed(view, number, found.take(late), positions[late]))
+                self._count("events_missed", view.id, len(late))
+        until_us = self.state.aligner.applied_until_us
+        return [missed_records(batch, missed, until_us)] if missed and until_us is not None else []
+
+    def _read(self, number: int, batch: Batch) -> list[_Read]:
         if batch.topic == INPUTS:
             return self._inputs(batch)
         frame = event_frame(batch, self._source_number(batch.topic, batch.partition))
@@ -225,14 +244,16 @@ class Join:
                 or (view.placement == "partitioned" and batch.partition == self.partition)
             )
         ]
-        return _read(views, frame, number)
+        return [(view, found, found.position) for view, found in _read(views, frame, number)]
 
-    def _inputs(self, batch: Batch) -> list[tuple[FeatureView, ViewEvents]]:
+    def _inputs(self, batch: Batch) -> list[_Read]:
         """View inputs by view and by the event topic they came from, which breaks ties."""
         found = []
         causes = batch.frame["cause"].struct
         frame = batch.frame.with_columns(
-            causes.field("topic").alias("from"), causes.field("partition").alias("number")
+            causes.field("topic").alias("from"),
+            causes.field("partition").alias("number"),
+            pl.Series("at", batch.positions),
         )
         for (name, topic, number), part in frame.group_by(
             "view", "from", "number", maintain_order=True
@@ -240,7 +261,7 @@ class Join:
             view = self._by_id.get(str(name))
             if view is not None:  # inputs of a view that is no longer declared
                 source = self._source_number(str(topic), int(str(number)))
-                found.append((view, unpacked(view, part, source)))
+                found.append((view, unpacked(view, part, source), part["at"].to_numpy()))
         return found
 
     def _learn(self, batch: Batch) -> None:
@@ -318,7 +339,7 @@ class Join:
         for name in sorted(set(ready["signature"].to_list()) - {UNRESOLVED}):
             at = np.flatnonzero((ready["signature"] == name).to_numpy())
             part = ready if len(at) == ready.height else ready[at]
-            vectors[at], missing = _completed(self.book.signatures[name], part)
+            vectors[at], missing = _completed(self.book, name, part)
             failures[at] = missing
         instants = {
             name: ready[of].cast(pl.Datetime("us", "UTC")).alias(name)
@@ -345,7 +366,8 @@ class Join:
     def _evict_sometimes(self) -> None:
         self._units += 1
         if self._units % _EVICT_UNITS == 0:
-            self.state.evict()
+            for view, number in self.state.evict_by_view().items():
+                self._count("entities_evicted", view, number)
 
     def models(self) -> Mapping[str, Any]:
         """What this partition knows of models and will not forget, for the API.
@@ -370,9 +392,10 @@ class Join:
 
 
 def _completed(
-    signature: Signature, part: pl.DataFrame
+    book: ModelBook, name: str, part: pl.DataFrame
 ) -> tuple[np.ndarray[Any, Any], list[str | None]]:
-    vectors, missing = full_vectors(signature, part["vector"].to_list(), part["inputs"].to_list())
+    views, inputs = part["vector"].to_list(), part["inputs"].to_list()
+    vectors, missing = full_vectors(book.signatures[name], views, inputs, book.transforms)
     whole = np.empty(len(vectors), dtype=object)
     whole[:] = vectors
     return whole, missing

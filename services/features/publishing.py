@@ -15,7 +15,7 @@ from services.features.domain.engine import ViewState
 from services.features.domain.events import SEPARATOR, Ints
 from services.features.domain.feature_store import FeatureStore
 from services.features.domain.vectors import row_bytes
-from services.features.rekeying import INPUTS, view_id
+from services.features.rekeying import INPUTS
 
 VECTORS = "features.vectors.v1"
 
@@ -98,7 +98,7 @@ class VectorPublisher:
                 "occurred_at": pl.Series([as_of_us] * len(names), dtype=pl.Int64).cast(
                     pl.Datetime("us", "UTC")
                 ),
-                "view": pl.Series([view_id(state.view)] * len(names), dtype=pl.String),
+                "view": pl.Series([state.view.id] * len(names), dtype=pl.String),
                 "entity": pl.Series(names, dtype=pl.String),
                 "vector": pl.Series(row_bytes(matrix), dtype=pl.Binary),
                 "sequence": pl.Series([as_of_us] * len(names), dtype=pl.Int64),
@@ -107,12 +107,12 @@ class VectorPublisher:
         topic, partition, position = cause
         positions = np.full(len(names), position, dtype=np.int64)
         indexes = np.arange(len(names), dtype=np.int32)
-        prefix = f"{view_id(state.view)}{SEPARATOR}"
+        prefix = f"{state.view.id}{SEPARATOR}"
         message_keys: list[bytes | None] = [f"{prefix}{name}".encode() for name in names]
         return Outgoing(VECTORS, frame, message_keys, topic, partition, positions, indexes)
 
     def _is_ours(self, state: ViewState, name: str) -> bool:
-        text = f"{view_id(state.view)}{SEPARATOR}{name}".encode()
+        text = f"{state.view.id}{SEPARATOR}{name}".encode()
         return zlib.crc32(text) % self._partitions == self._partition
 
 

@@ -15,19 +15,14 @@ from services.features.domain.vectors import row_bytes
 INPUTS = "features.inputs.v1"
 
 
-def view_id(view: FeatureView) -> str:
-    """name@vN, as on the topics."""
-    return f"{view.name}@v{view.version}"
-
-
 def inputs_of(batch: Batch, found: Sequence[tuple[FeatureView, ViewEvents]]) -> Outgoing:
     """The view inputs of one batch of events, in cause order; the index numbers the views."""
     parts = [
         pl.DataFrame(
             {
-                "view": pl.repeat(view_id(view), len(events), dtype=pl.String, eager=True),
+                "view": pl.repeat(view.id, len(events), dtype=pl.String, eager=True),
                 "entity": events.entity,
-                "columns": pl.Series(_packed(events), dtype=pl.Binary),
+                "columns": pl.Series(packed_columns(events), dtype=pl.Binary),
                 "occurred_at": pl.Series(events.occurred_at_us).cast(pl.Datetime("us", "UTC")),
                 "position": events.position,
                 "index": pl.repeat(number, len(events), dtype=pl.Int32, eager=True),
@@ -62,7 +57,7 @@ def routing_keys(view: FeatureView, entities: pl.Series) -> pl.Series:
     return unescaped.str.replace_all("\x1e0", "\x1e", literal=True)
 
 
-def _packed(events: ViewEvents) -> list[bytes]:
+def packed_columns(events: ViewEvents) -> list[bytes]:
     """Each event's inputs as float64 little-endian grid units, NaN where absent."""
     values = np.where(events.values == NULL, np.nan, events.values.astype(np.float64))
     return row_bytes(values.T, "<f8")

@@ -16,6 +16,9 @@ class FeatureSettings(ServiceSettings):
     commit_every_units: int = Field(
         default=20, ge=1, description="Units of work between two checkpoints under load."
     )
+    memory_mb: int = Field(
+        default=4096, ge=1, description="What the declared entities of all views may cost, MiB."
+    )
     publish_vectors: bool = Field(
         default=True, description="Whether features.vectors.v1 is written."
     )

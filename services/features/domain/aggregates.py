@@ -101,6 +101,18 @@ class RowEvents:
         return RowEvents(empty, empty, empty, empty, np.empty((columns, 0), np.int64))
 
 
+def stacked(events: RowEvents) -> Ints:
+    """Events as one array [n, 4 + columns]."""
+    fields = (events.rows, events.occurred_at_us, events.source, events.position)
+    return np.concatenate([np.stack(fields), events.values]).T
+
+
+def unstacked(array: Ints) -> RowEvents:
+    """What `stacked` was given."""
+    fields = np.ascontiguousarray(array.T)
+    return RowEvents(fields[0], fields[1], fields[2], fields[3], fields[4:])
+
+
 def _order(events: RowEvents, ties: bool) -> Ints:
     if not len(events):
         return np.empty(0, np.int64)
@@ -122,29 +134,37 @@ def _has_ties(ordered: Ints) -> bool:
 def reduce_segments(layout: Layout, events: RowEvents, starts: Ints) -> Aggregates:
     """Aggregates of each run of ordered events; `starts` are the first events of the runs."""
     lasts = np.empty((len(starts), len(layout.lasts), RECORD), np.int64)
-    for place, column in enumerate(layout.lasts):
-        lasts[:, place] = newest_of_segments(events, column, starts)
+    for place, (sign, column) in enumerate(layout.lasts):
+        lasts[:, place] = records_of_segments(events, sign, column, starts)
+    smallest = minima(layout, events.values, events.occurred_at_us, NO_MINIMUM)
     return Aggregates(
         np.add.reduceat(summands(layout, events.values), starts, axis=1).T,
-        np.minimum.reduceat(minima(layout, events.values, NO_MINIMUM), starts, axis=1).T,
+        np.minimum.reduceat(smallest, starts, axis=1).T,
         lasts,
     )
 
 
-def newest_of_segments(events: RowEvents, column: int, starts: Ints) -> Ints:
-    """The newest record of a column in each run of ordered events: int64 [runs, RECORD]."""
-    at = np.where(present([column], events.values)[0], np.arange(len(events)), -1)
-    return records(events, column, np.maximum.reduceat(at, starts))
+def records_of_segments(events: RowEvents, sign: int, column: int, starts: Ints) -> Ints:
+    """The newest (sign 1) or oldest (-1) record of a column in each run: int64 [runs, RECORD]."""
+    count = len(events)
+    absent = -1 if sign > 0 else count
+    at = np.where(present([column], events.values)[0], np.arange(count), absent)
+    reduce = np.maximum if sign > 0 else np.minimum
+    found = reduce.reduceat(at, starts)
+    return records(events, sign, column, np.where(found == count, -1, found))
 
 
-def records(events: RowEvents, column: int, at: Ints) -> Ints:
-    """The records of the events `at` (any shape); absent where `at` is negative."""
+def records(events: RowEvents, sign: int, column: int, at: Ints) -> Ints:
+    """The records of the events `at` (any shape); absent where `at` is negative.
+
+    Of an oldest record (sign -1) time, source and position are negated: it is the newest so.
+    """
     out = np.full((*at.shape, RECORD), NEVER, np.int64)
     if not len(events):
         return out
     fields = (events.occurred_at_us, events.source, events.position)
     for part, field in enumerate(fields):
-        out[..., part] = field[at]
+        out[..., part] = sign * field[at]
     out[..., 3] = events.values[column][at] if column >= 0 else 0
     out[at < 0] = NEVER
     return out

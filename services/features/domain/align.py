@@ -17,13 +17,14 @@ import numpy as np
 import polars as pl
 
 from causemesh.errors import Misdeclared, Poison
-from services.features.domain.aggregates import RowEvents
+from services.features.domain.aggregates import RowEvents, stacked, unstacked
 from services.features.domain.events import Ints, ViewEvents, int64
 from services.features.domain.feature_store import FeatureStore
 from services.features.domain.snapshots import frame_matrix, matrix_frame, pack, unpack
 
 ApplyOn = Literal["watermark", "arrival"]
 DEFAULT_SLICE_US = 60_000_000
+_NONE: Ints = np.empty(0, np.int64)
 _REQUIRED = ("source", "position", "occurred_at_us", "mode", "signature", "tenant_id")
 
 
@@ -32,9 +33,9 @@ class Advanced:
     """What one `advance` did.
 
     answered: requests; applied: events; late_events: those that came behind what was applied
-    already; dropped_events: late ones that no tile could take; late_requests: replay requests
-    that came behind it, whose answers may hold events after their slice; touched: by view, the
-    rows whose state changed.
+    already; dropped_events: those of them that a view did not take, or no tile; late_requests:
+    replay requests that came behind it, whose answers may hold events after their slice; touched:
+    by view, the rows whose state changed.
     """
 
     answered: int = 0
@@ -77,22 +78,38 @@ class Aligner:
     def declare(self, signature: str, feature_names: Sequence[str]) -> None:
         """Say which features the requests of a signature ask for; Misdeclared if one is unknown.
 
-        A signature never changes its meaning: declaring it again with other features is refused.
+        A signature never changes its meaning: declaring it again with other features is refused,
+        and so is a name without version that means another version than it did.
         """
-        self._store.check(feature_names)
-        known = self._signatures.setdefault(signature, tuple(feature_names))
-        if known != tuple(feature_names):
+        pinned = self._store.pinned(feature_names)
+        known = self._signatures.setdefault(signature, pinned)
+        if known != pinned:
             raise Misdeclared(f"signature {signature!r} is already declared with other features")
 
-    def add_events(self, view_name: str, events: ViewEvents) -> None:
-        """Take events of one view (`read_events` made them)."""
+    def add_events(self, view_name: str, events: ViewEvents) -> Ints:
+        """Take events of one view (`read_events` made them).
+
+        Returns which of them it did not take: those that came too late for the view.
+        """
         if view_name not in self._pending:
             raise Misdeclared(f"events for the unknown feature view {view_name!r}")
-        if not len(events):
-            return
-        coded = self._store.views[view_name].encode(events)
-        if self._boundary_us is not None:
-            self._late_events += int((coded.occurred_at_us < self._boundary_us).sum())
+        missed = self._missed(view_name, events.occurred_at_us)
+        if len(missed):
+            events = events.take(np.delete(np.arange(len(events)), missed))
+        if len(events):
+            self._take(view_name, self._store.views[view_name].encode(events))
+        return missed
+
+    def _missed(self, view_name: str, occurred_at_us: Ints) -> Ints:
+        if self._boundary_us is None:
+            return _NONE
+        self._late_events += int((occurred_at_us < self._boundary_us).sum())
+        from_us = self._store.views[view_name].view.taken_from_us(self._boundary_us)
+        missed = np.flatnonzero(occurred_at_us < min(from_us, self._boundary_us))
+        self._dropped_events += len(missed)
+        return missed
+
+    def _take(self, view_name: str, coded: RowEvents) -> None:
         if self._apply_on == "arrival":
             self._apply(view_name, coded, None)
         else:
@@ -159,6 +176,11 @@ class Aligner:
         return min(floors, default=None)
 
     @property
+    def applied_until_us(self) -> int | None:
+        """All events before this time were applied, but for late ones; None before any."""
+        return self._boundary_us
+
+    @property
     def answered_until_us(self) -> int | None:
         """No replay answer still to come is as of an earlier time; None before any watermark."""
         if self._boundary_us is None or self._waiting is None:
@@ -185,8 +207,8 @@ class Aligner:
         frames = {name: frame for name, frame in named.items() if frame is not None}
         for name, parts in self._pending.items():
             if parts:
-                stacked = _stacked(RowEvents.concatenate(parts))
-                frames[f"pending.{name}"] = matrix_frame(stacked)
+                together = stacked(RowEvents.concatenate(parts))
+                frames[f"pending.{name}"] = matrix_frame(together)
         return pack(header, frames)
 
     def restore(self, snapshot: bytes) -> None:
@@ -204,7 +226,7 @@ class Aligner:
             saved = frames.get(f"pending.{name}")
             if saved is not None:
                 width = 4 + len(state.view.columns)
-                self._pending[name] = [_unstacked(frame_matrix(saved, saved.height, width))]
+                self._pending[name] = [unstacked(frame_matrix(saved, saved.height, width))]
 
     def _check(self, frame: pl.DataFrame) -> None:
         missing = [name for name in _REQUIRED if name not in frame.columns]
@@ -296,14 +318,3 @@ def _append(parts: list[RowEvents], more: RowEvents) -> None:
 def _joined(frame: pl.DataFrame | None, more: pl.DataFrame) -> pl.DataFrame:
     # diagonal: the payload may have gained a column since what is buffered was written
     return more if frame is None else pl.concat([frame, more], how="diagonal_relaxed")
-
-
-def _stacked(events: RowEvents) -> Ints:
-    """Events as one array [n, 4 + columns]."""
-    fields = (events.rows, events.occurred_at_us, events.source, events.position)
-    return np.concatenate([np.stack(fields), events.values]).T
-
-
-def _unstacked(array: Ints) -> RowEvents:
-    fields = np.ascontiguousarray(array.T)
-    return RowEvents(fields[0], fields[1], fields[2], fields[3], fields[4:])

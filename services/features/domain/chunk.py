@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from services.features.domain.aggregates import (
+    NEVER,
     NO_MINIMUM,
     RECORD,
     Aggregates,
@@ -20,6 +21,10 @@ from services.features.domain.aggregates import (
 )
 from services.features.domain.events import Ints
 from services.features.domain.layout import Layout, minima, present, summands
+from services.features.domain.windowed import Extents, Windowed, decayed
+
+# Tiles are looked up in blocks of so many numbers, which stay in the cache.
+_BLOCK = 2**17
 
 
 class Chunk:
@@ -35,35 +40,89 @@ class Chunk:
         self._starts = np.searchsorted(self._events.rows, rows)
         self._locator = _Locator(rows, self._events)
         self._rows = rows
+        self._summed: Ints | None = None
 
-    def windows(self, first_us: Ints, as_of_us: Ints) -> Aggregates:
-        """Aggregates of the events with first <= time < as-of; first: [n, windows], as-of: [n]."""
-        low = self._locator.before(self._rows[:, None], first_us)
-        high = np.broadcast_to(self._locator.before(self._rows, as_of_us)[:, None], low.shape)
+    def windows(self, extents: Extents) -> Windowed:
+        """Aggregates of the events in every window."""
+        low = self._locator.before(self._rows[:, None], extents.first_us)
+        high = self._locator.before(self._rows[:, None], extents.end_us)
         high = np.maximum(low, high)
-        values = self._events.values
+        events = self._events
         lasts = np.empty((*low.shape, len(self._layout.lasts), RECORD), np.int64)
-        for place, column in enumerate(self._layout.lasts):
-            lasts[:, :, place] = self._newest(column, low, high)
-        return Aggregates(
-            _range_sums(summands(self._layout, values), low, high),
-            _range_minima(minima(self._layout, values, NO_MINIMUM), low, high),
-            lasts,
+        for place, (sign, column) in enumerate(self._layout.lasts):
+            lasts[:, :, place] = self._record(sign, column, low, high)
+        smallest = minima(self._layout, events.values, events.occurred_at_us, NO_MINIMUM)
+        found = Aggregates(
+            _range_sums(self._running(), low, high), _range_minima(smallest, low, high), lasts
         )
+        return Windowed(found, self._decayed(extents))
 
     def latest(self, as_of_us: Ints) -> Ints:
         """The newest records before the as-of times, whatever their age: [n, latests, RECORD]."""
         high = np.maximum(self._starts, self._locator.before(self._rows, as_of_us))
         out = np.empty((len(high), len(self._layout.latests), RECORD), np.int64)
         for place, column in enumerate(self._layout.latests):
-            out[:, place] = self._newest(column, self._starts, high)
+            out[:, place] = self._record(1, column, self._starts, high)
         return out
 
-    def _newest(self, column: int, low: Ints, high: Ints) -> Ints:
+    def tile_times(self, extents: Extents, ages: int) -> tuple[Ints, Ints]:
+        """The first and last event time of each tile by age, [n, ages]; see `session_ages`."""
+        at = self._edges(slice(None), extents, ages)
+        newer, older = at[:, :-1], at[:, 1:]
+        times = np.append(self._events.occurred_at_us, 0)
+        used = newer > older
+        first = np.where(used, times[older], NO_MINIMUM)
+        return first, np.where(used, times[newer - 1], NEVER)
+
+    def events_of(self, extents: Extents, ages: int) -> tuple[Ints, RowEvents]:
+        """The events that each request may see in its newest `ages` tiles, and whose they are."""
+        at = self._edges(slice(None), extents, ages)
+        high = at[:, 0]
+        sizes = np.maximum(high - at[:, -1], 0)
+        requests = np.repeat(np.arange(len(high)), sizes)
+        first = np.repeat(at[:, -1] - (np.cumsum(sizes) - sizes), sizes)
+        return requests, self._events.take(first + np.arange(len(requests)))
+
+    def _edges(self, chosen: slice, extents: Extents, ages: int) -> Ints:
+        """How many events sort before each edge of the tiles, newest edge first: [n, ages + 1]."""
+        edges = (extents.newest_tile[chosen, None] + 1 - np.arange(ages + 1)) * extents.tile_us
+        edges[:, 0] = extents.as_of_us[chosen]
+        return self._locator.before(self._rows[chosen, None], edges)
+
+    def _decayed(self, extents: Extents) -> Ints:
+        layout = self._layout
+        out = np.zeros((len(self._rows), len(layout.decays), 3), np.int64)
+        ages = max((len(decay.weights) for decay in layout.decays), default=0)
+        if not ages:
+            return out
+        running = self._running()
+        step = max(1, _BLOCK // (ages * len(layout.sums)))
+        for start in range(0, len(self._rows), step):
+            block = slice(start, start + step)
+            found = running.take(self._edges(block, extents, ages), axis=0)
+            out[block] = decayed(layout, found[:, :-1] - found[:, 1:])
+        return out
+
+    def _running(self) -> Ints:
+        """Running sums before each event: int64 [events + 1, sums]."""
+        if self._summed is None:
+            values = summands(self._layout, self._events.values)
+            self._summed = np.zeros((values.shape[1] + 1, values.shape[0]), np.int64)
+            np.cumsum(values.T, axis=0, out=self._summed[1:])
+        return self._summed
+
+    def _record(self, sign: int, column: int, low: Ints, high: Ints) -> Ints:
         count = len(self._events)
-        at = np.where(present([column], self._events.values)[0], np.arange(count), -1)
-        reached = np.concatenate(([-1], np.maximum.accumulate(at)))[high]
-        return records(self._events, column, np.where(reached >= low, reached, -1))
+        here = present([column], self._events.values)[0]
+        if sign > 0:
+            at = np.where(here, np.arange(count), -1)
+            reached = np.concatenate(([-1], np.maximum.accumulate(at)))[high]
+            found = np.where(reached >= low, reached, -1)
+        else:
+            at = np.where(here, np.arange(count), count)
+            reached = np.append(np.minimum.accumulate(at[::-1])[::-1], count)[low]
+            found = np.where(reached < high, reached, -1)
+        return records(self._events, sign, column, found)
 
 
 class _Locator:
@@ -84,10 +143,8 @@ class _Locator:
         return np.searchsorted(self._rows, rows) * (len(self._times) + 1) + ranks
 
 
-def _range_sums(values: Ints, low: Ints, high: Ints) -> Ints:
-    """Sums of values[:, low:high]: int64 [*low.shape, rows of values]."""
-    running = np.zeros((values.shape[1] + 1, values.shape[0]), np.int64)
-    np.cumsum(values.T, axis=0, out=running[1:])
+def _range_sums(running: Ints, low: Ints, high: Ints) -> Ints:
+    """Sums of the events low to high: int64 [*low.shape, sums]."""
     return running.take(high, axis=0) - running.take(low, axis=0)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import polars as pl
@@ -15,17 +15,22 @@ from services.features.domain.aggregates import (
     Aggregates,
     RowEvents,
     newest,
-    newest_of_segments,
+    records_of_segments,
     reduce_segments,
+    stacked,
+    unstacked,
 )
 from services.features.domain.chunk import Chunk
+from services.features.domain.corrections import KeptEvents
 from services.features.domain.definitions import FeatureView
 from services.features.domain.entities import EntityIndex
 from services.features.domain.events import Ints, ViewEvents
-from services.features.domain.layout import EVENT, Layout, layout_of
+from services.features.domain.layout import EVENT, TIME, Layout, layout_of
 from services.features.domain.ring import EMPTY, TileRing
+from services.features.domain.sketched import BLOCK, ViewSketches
 from services.features.domain.snapshots import frame_matrix, matrix_frame, pack, unpack
 from services.features.domain.vectors import Primitives, Vectors, vectors
+from services.features.domain.windowed import Extents, extents_of, session_ages
 
 Entities = pl.Series | Sequence[str | None]
 
@@ -46,10 +51,13 @@ class ViewState:
         self.layout: Layout = layout_of(view)
         self.index = EntityIndex()
         self.ring = TileRing(self.layout, view.tiles)
+        self.sketches = ViewSketches(self.layout, self.ring)
         # the newest record of each column, and of the event itself, which eviction goes by
         latests = self.layout.latests
         self._kept = tuple(dict.fromkeys((*latests, EVENT))) if latests else ()
         self._latest = np.empty((0, len(self._kept), RECORD), np.int64)
+        # only where the view takes corrections
+        self._kept_events = KeptEvents(view) if view.corrects or view.retracts else None
         self.applied_until_us: int | None = None
         self._ensure()
 
@@ -71,17 +79,42 @@ class ViewState:
         it only grows. An event whose tile no answer as of then or later can see is late.
         """
         coded = self.encode(events) if isinstance(events, ViewEvents) else events
-        late = 0
-        touched = coded.rows
-        if len(coded):
-            ordered = coded.in_order(self.layout)
-            touched = ordered.rows[np.flatnonzero(np.diff(ordered.rows, prepend=-1))]
-            late = self._apply_tiles(ordered) if self.view.tiles else 0
-            self._apply_latest(ordered)
+        late, touched = self._add(coded) if len(coded) else (0, coded.rows)
         if until_us is not None:
             before_us = self.applied_until_us
             self.applied_until_us = until_us if before_us is None else max(until_us, before_us)
+            if self._kept_events is not None:
+                self._kept_events.prune(self._visible_from_us(self.applied_until_us))
         return Applied(late, touched)
+
+    def _add(self, events: RowEvents) -> tuple[int, Ints]:
+        """Add some events; returns how many were late, and the rows they touched."""
+        if self._kept_events is not None:
+            corrected = self._kept_events.corrected_rows(events)
+            self._kept_events.add(events)
+            if len(corrected):
+                self._make_anew(corrected)
+                plain = self._kept_events.plain(events, corrected)
+                late, touched = self._add_plain(plain) if len(plain) else (0, plain.rows)
+                return late, np.union1d(touched, corrected)
+        return self._add_plain(events)
+
+    def _make_anew(self, rows: Ints) -> None:
+        """Replace the state of these rows by that over their events that count."""
+        assert self._kept_events is not None
+        self.ring.clear(rows)
+        self.sketches.forget(rows)
+        self._latest[rows] = NEVER
+        counting = self._kept_events.counting(rows, RowEvents.none(len(self.view.columns)))
+        if len(counting):
+            self._add_plain(counting)
+
+    def _add_plain(self, events: RowEvents) -> tuple[int, Ints]:
+        ordered = events.in_order(self.layout)
+        touched = ordered.rows[np.flatnonzero(np.diff(ordered.rows, prepend=-1))]
+        late = self._apply_tiles(ordered) if self.view.tiles else 0
+        self._apply_latest(ordered)
+        return late, touched
 
     def answer(self, entities: Entities, as_of_us: Ints) -> Vectors:
         """The vectors from what has been applied: float32 [n, features].
@@ -103,16 +136,47 @@ class ViewState:
 
     def answer_rows(self, rows: Ints, as_of_us: Ints, parts: Sequence[RowEvents]) -> Vectors:
         """`answer_chunk` for rows that `EntityIndex.find` gave out."""
-        tile = self.view.tile_us
-        newest_tile = (as_of_us - 1) // tile
-        windows = self.ring.windows(rows, newest_tile)
-        latest = self._latest[rows, : len(self.layout.latests)]
+        if self._kept_events is not None and any(len(part) for part in parts):
+            return self._answer_corrected(self._kept_events, rows, as_of_us, parts)
+        return self._answer_plain(rows, as_of_us, parts)
+
+    def _answer_corrected(
+        self, kept: KeptEvents, rows: Ints, as_of_us: Ints, parts: Sequence[RowEvents]
+    ) -> Vectors:
+        """Requests of rows in which something is corrected meanwhile are answered one by one."""
+        more = RowEvents.concatenate(list(parts))
+        corrected = np.isin(rows, kept.corrected_rows(more))
+        out = self._answer_plain(rows, as_of_us, (more,))
+        for at in np.flatnonzero(corrected).tolist():
+            row, as_of = rows[at : at + 1], as_of_us[at : at + 1]
+            counting = kept.counting(row, more.take(more.occurred_at_us < as_of))
+            alone = ViewState(self.view)
+            alone._kept_events = None
+            alone.index.find_or_add(pl.Series(["it"]))
+            alone._ensure()
+            if len(counting):
+                alone._add_plain(replace(counting, rows=np.ones(len(counting), np.int64)))
+            out[at] = alone._answer_plain(np.ones(1, np.int64), as_of, ())[0]
+        return out
+
+    def _answer_plain(self, rows: Ints, as_of_us: Ints, parts: Sequence[RowEvents]) -> Vectors:
+        if self.layout.sketches and len(rows) > BLOCK:
+            blocks = [slice(start, start + BLOCK) for start in range(0, len(rows), BLOCK)]
+            answers = [self._answer_plain(rows[b], as_of_us[b], parts) for b in blocks]
+            return np.concatenate(answers)
+        chunk = None
         if len(rows) and any(len(part) for part in parts):
             chunk = Chunk(self.layout, parts, rows)
-            first_us = (newest_tile[:, None] - self.layout.spans + 1) * tile
-            windows = windows.merge(chunk.windows(first_us, as_of_us))
+        extents = extents_of(self.layout, self.view.tile_us, as_of_us)
+        self._place_sessions(rows, extents, chunk)
+        windows = self.ring.windows(rows, extents)
+        latest = self._latest[rows, : len(self.layout.latests)]
+        if chunk is not None:
+            windows = windows.merge(chunk.windows(extents))
             latest = newest(latest, chunk.latest(as_of_us))
-        return vectors(self.view, self.layout, Primitives(windows, latest, as_of_us))
+        sketches = self.sketches.answer(rows, extents, chunk) if self.layout.sketches else None
+        primitives = Primitives(windows.aggregates, windows.decayed, latest, as_of_us, sketches)
+        return vectors(self.view, self.layout, primitives)
 
     def evict(self, before_us: int, keep: Ints | None = None) -> int:
         """Forget entities that no answer as of `before_us` or later depends on; returns how many.
@@ -129,17 +193,31 @@ class ViewState:
                 return 0
             newest_us = self._latest[rows, self._kept.index(EVENT), 0]
             idle &= newest_us < before_us - self.view.retention_us
+        if self._kept_events is not None:
+            self._kept_events.prune(self._visible_from_us(before_us))
+            idle &= ~np.isin(rows, self._kept_events.events.rows)
         if keep is not None:
             idle &= ~np.isin(rows, keep)
         keys = [key for key, gone in zip(self.index.keys, idle.tolist(), strict=True) if gone]
         released = self.index.release(keys)
         self.ring.clear(released)
+        self.sketches.forget(released)
         self._latest[released] = NEVER
         return len(released)
 
+    def _visible_from_us(self, as_of_us: int) -> int:
+        """The earliest event time that an answer as of then or later can see."""
+        oldest_tile = (as_of_us - 1) // self.view.tile_us - self.view.tiles + 1
+        oldest = [oldest_tile * self.view.tile_us] if self.view.tiles else []
+        if self.layout.latests and self.view.retention_us is not None:
+            oldest.append(as_of_us - self.view.retention_us)
+        return min(oldest)
+
     def memory_bytes(self) -> int:
         """Bytes of the arrays and, roughly, of the dictionary."""
-        return self.ring.memory_bytes() + self._latest.nbytes + self.index.memory_bytes()
+        arrays = self.ring.memory_bytes() + self._latest.nbytes + self.sketches.memory_bytes()
+        kept = 0 if self._kept_events is None else self._kept_events.memory_bytes()
+        return arrays + kept + self.index.memory_bytes()
 
     def snapshot(self) -> bytes:
         """The whole state as bytes; what no answer can see any more is left out."""
@@ -161,6 +239,9 @@ class ViewState:
             "mins": matrix_frame(parts.mins[visible]),
             "lasts": matrix_frame(parts.lasts[visible]),
         }
+        frames |= self.sketches.frames(self._oldest_tile())
+        if self._kept_events is not None:
+            frames["kept"] = matrix_frame(stacked(self._kept_events.events))
         return pack(header, frames)
 
     def restore(self, snapshot: bytes) -> None:
@@ -184,8 +265,30 @@ class ViewState:
         )
         if slots.height:
             fresh.ring.merge(slots["row"].to_numpy(), slots["tile"].to_numpy(), parts)
+        fresh.sketches.load(frames)
+        if fresh._kept_events is not None and frames["kept"].height:
+            width = 4 + len(self.view.columns)
+            saved = frame_matrix(frames["kept"], frames["kept"].height, width)
+            fresh._kept_events.add(unstacked(saved))
         fresh.applied_until_us = header["applied_until_us"]
         self.__dict__.update(fresh.__dict__)
+
+    def _place_sessions(self, rows: Ints, extents: Extents, chunk: Chunk | None) -> None:
+        """Find out how far back each open session goes, and write it into `extents.high`."""
+        sessions = [i for i, w in enumerate(self.layout.windows) if w.shape == "session"]
+        if not sessions:
+            return
+        parts = [self.layout.mins.index((sign, TIME)) for sign in (1, -1)]
+        found = self.ring.tile_minima(rows, extents.newest_tile, parts)
+        first, last = found[:, :, 0], -found[:, :, 1]
+        if chunk is not None:
+            from_chunk = chunk.tile_times(extents, first.shape[1])
+            first, last = np.minimum(first, from_chunk[0]), np.maximum(last, from_chunk[1])
+        for place in sessions:
+            ages, gap_us = self.layout.spans[place], self.layout.windows[place].part_us
+            extents.high[:, place] = session_ages(
+                first[:, :ages], last[:, :ages], extents.as_of_us, gap_us
+            )
 
     def _ensure(self) -> None:
         have = len(self._latest)
@@ -214,6 +317,7 @@ class ViewState:
             rows, of_run = rows[fits], of_run[fits]
             parts = Aggregates(parts.sums[fits], parts.mins[fits], parts.lasts[fits])
         fresh = self.ring.merge(rows, of_run, parts)
+        self.sketches.add(events, tiles, self._oldest_tile())
         if not fresh.all():
             sizes = np.diff(starts, append=len(events))[fits]
             late += int(sizes[~fresh].sum())
@@ -231,7 +335,7 @@ class ViewState:
         starts = np.flatnonzero(np.diff(events.rows, prepend=-1))
         rows = events.rows[starts]
         found = np.stack(
-            [newest_of_segments(events, column, starts) for column in self._kept], axis=1
+            [records_of_segments(events, 1, column, starts) for column in self._kept], axis=1
         )
         self._latest[rows] = newest(self._latest[rows], found)
 

@@ -11,6 +11,8 @@ from services.features.domain.events import Ints
 
 # Row 0 belongs to no entity and stays empty, so that an unknown entity needs no special case.
 NOBODY = 0
+# A dictionary slot, a key and a number, roughly.
+ENTITY_BYTES = 150
 
 
 class EntityIndex:
@@ -73,7 +75,7 @@ class EntityIndex:
 
     def memory_bytes(self) -> int:
         """Roughly what the dictionary holds: a slot, a key and a number for each entity."""
-        return 150 * len(self._rows) + 8 * len(self._free)
+        return ENTITY_BYTES * len(self._rows) + 8 * len(self._free)
 
     def _next_row(self) -> int:
         if self._free:

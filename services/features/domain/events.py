@@ -6,6 +6,7 @@ a re-keyed topic can carry the result (`frame`, `from_frame`) bit for bit.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ import polars as pl
 from polars.exceptions import ColumnNotFoundError, PolarsError
 
 from causemesh.errors import Misdeclared, Poison
-from services.features.domain.definitions import FeatureView
+from services.features.domain.definitions import OF_TEXTS, FeatureView
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -26,6 +27,10 @@ NULL = np.iinfo(np.int64).min
 SUM_LIMIT = 2**40
 # ... and where squares are kept, q * q itself must fit (its two halves are summed apart).
 SQUARE_LIMIT = 2**31
+MAX_KEY_BYTES = 1024
+# Room for every sum and difference of times and windows in int64.
+MAX_TIME_US = 2**55
+_TEXTS = (pl.String, pl.Categorical, pl.Enum)
 # So few rows are joined sooner one by one than by an expression.
 _FEW = 64
 # Between the parts of a composite entity key.
@@ -48,6 +53,16 @@ class ViewEvents:
 
     def __len__(self) -> int:
         return len(self.occurred_at_us)
+
+    def take(self, chosen: Ints) -> ViewEvents:
+        """The chosen events, in the order chosen."""
+        return ViewEvents(
+            self.entity.gather(chosen),
+            self.occurred_at_us[chosen],
+            self.source[chosen],
+            self.position[chosen],
+            self.values[:, chosen],
+        )
 
     def frame(self, view: FeatureView) -> pl.DataFrame:
         """The same as a frame: entity, occurred_at_us, source, position, one column an input."""
@@ -93,8 +108,11 @@ def read_events(view: FeatureView, frame: pl.DataFrame) -> ViewEvents:
     except (ColumnNotFoundError, PolarsError) as error:
         raise Misdeclared(f"view {view.name!r} cannot read {view.event_type}: {error}") from error
     values = np.empty((len(view.columns), kept.height), np.int64)
-    bad: dict[int, str] = {}
+    bad = _unfit(view, kept)
     for place, column in enumerate(view.columns):
+        if inputs[column.name].dtype.base_type() in _TEXTS:
+            values[place] = _text_units(view, inputs[column.name])
+            continue
         limit = SQUARE_LIMIT if _squared(view, column.name) else SUM_LIMIT
         values[place], wrong = quantise(_numbers(view, inputs[column.name]), view, limit)
         reason = f"view {view.name}: {column.name} is infinite or beyond {limit * view.resolution}"
@@ -108,6 +126,23 @@ def read_events(view: FeatureView, frame: pl.DataFrame) -> ViewEvents:
         int64(kept, "position"),
         values,
     )
+
+
+def _unfit(view: FeatureView, kept: pl.DataFrame) -> dict[int, str]:
+    """The rows whose key is too long or whose time is no time, and why."""
+    long = kept["__entity"].str.len_bytes() > MAX_KEY_BYTES
+    times = kept["occurred_at_us"].cast(pl.Int64)
+    reasons = {
+        f"view {view.name}: an entity key of more than {MAX_KEY_BYTES} bytes": long,
+        f"view {view.name}: an event time outside of the years 829 to 3111": times.abs()
+        > MAX_TIME_US,
+    }
+    return {
+        row: reason
+        for reason, wrong in reasons.items()
+        if wrong.any()
+        for row in kept["__row"].filter(wrong).to_list()
+    }
 
 
 def quantise(numbers: Floats, view: FeatureView, limit: int) -> tuple[Ints, npt.NDArray[np.bool_]]:
@@ -161,6 +196,24 @@ def int64(frame: pl.DataFrame, name: str) -> Ints:
 
 def _squared(view: FeatureView, column: str) -> bool:
     return any(f.column == column and f.aggregation == "std" for f in view.features)
+
+
+def _text_units(view: FeatureView, series: pl.Series) -> Ints:
+    """Whole numbers that stand for texts: 52 bits of BLAKE2, the same in every process.
+
+    So few bits that a float64 holds them: they travel on features.inputs.v1 as one.
+    """
+    wrong = {f.aggregation for f in view.features if f.column == series.name} - OF_TEXTS
+    if wrong:
+        raise Misdeclared(
+            f"view {view.name!r}: {series.name} is a text, not a number: it has no {min(wrong)}"
+        )
+    texts = series.cast(pl.String)
+    known: dict[str | None, int] = {None: NULL}
+    for text in texts.unique().drop_nulls().to_list():
+        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+        known[text] = int.from_bytes(digest, "little") >> 12
+    return np.fromiter((known[text] for text in texts.to_list()), np.int64, len(texts))
 
 
 def _numbers(view: FeatureView, series: pl.Series) -> Floats:

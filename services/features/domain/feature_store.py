@@ -9,29 +9,39 @@ import polars as pl
 
 from causemesh.errors import Misdeclared, Poison
 from services.features.domain.aggregates import RowEvents
-from services.features.domain.definitions import FeatureView
+from services.features.domain.definitions import FeatureView, by_reference
 from services.features.domain.engine import ViewState
 from services.features.domain.events import Ints, ViewEvents, entity_keys, read_events
 from services.features.domain.vectors import Vectors, row_bytes
 
 
 class FeatureStore:
-    """The states of the views, by name, and the places of their features."""
+    """The states of the views, by name@vN, and the places of their features."""
 
     def __init__(self, views: Iterable[FeatureView]) -> None:
         self.views: dict[str, ViewState] = {}
         self._places: dict[str, tuple[str, int]] = {}
-        for view in views:
-            if view.name in self.views:
-                raise Misdeclared(f"feature view {view.name!r} is defined twice")
-            self.views[view.name] = ViewState(view)
-            for place, name in enumerate(view.feature_names):
-                self._places[name] = (view.name, place)
+        for reference, view in by_reference(views).items():
+            if reference == view.id:
+                self.views[view.id] = ViewState(view)
+            for place, feature in enumerate(view.features):
+                self._places[f"{reference}.{feature.name}"] = (view.id, place)
 
     @property
     def feature_names(self) -> tuple[str, ...]:
-        """The full names of all features."""
+        """All features, each once: with the version where the view has a lower one."""
+        shortest = {place: name for name, place in self._places.items()}
+        return tuple(dict.fromkeys(shortest[place] for place in self._places.values()))
+
+    @property
+    def known_names(self) -> tuple[str, ...]:
+        """All names that a signature may use: those of lowest versions with and without it."""
         return tuple(self._places)
+
+    def pinned(self, feature_names: Sequence[str]) -> tuple[str, ...]:
+        """The names with their versions; Misdeclared when a feature is not defined."""
+        self.check(feature_names)
+        return tuple(f"{self._places[name][0]}.{name.partition('.')[2]}" for name in feature_names)
 
     def check(self, feature_names: Sequence[str]) -> None:
         """Misdeclared when a feature is not defined."""

@@ -6,13 +6,17 @@ cleared: they are overwritten by the next tile that falls on them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
-from services.features.domain.aggregates import NEVER, RECORD, Aggregates
+from services.features.domain.aggregates import NEVER, NO_MINIMUM, RECORD, Aggregates
 from services.features.domain.events import Ints
 from services.features.domain.layout import Layout
+from services.features.domain.windowed import Extents, Windowed, decayed
 
+Mask = npt.NDArray[np.bool_]
 EMPTY = np.iinfo(np.int64).min
 # One more slot than the longest window needs: a live request that is a little older than the
 # newest tile still finds its oldest one.
@@ -21,12 +25,17 @@ _SPARE = 1
 _BLOCK = 2**17
 
 
+def ring_length(tiles: int) -> int:
+    """Slots for each entity."""
+    return tiles + _SPARE if tiles else 0
+
+
 class TileRing:
     """The tiles of all entities of one view. `tiles` is the longest window, in tiles (0: none)."""
 
     def __init__(self, layout: Layout, tiles: int) -> None:
         self._layout = layout
-        self.length = tiles + _SPARE if tiles else 0
+        self.length = ring_length(tiles)
         self._tiles = tiles
         self._held = np.empty(0, np.int64)
         self._data = Aggregates.nothing(layout, 0)
@@ -46,7 +55,7 @@ class TileRing:
             _grown(self._data.lasts, need),
         )
 
-    def merge(self, rows: Ints, tiles: Ints, parts: Aggregates) -> npt.NDArray[np.bool_]:
+    def merge(self, rows: Ints, tiles: Ints, parts: Aggregates) -> Mask:
         """Add aggregates to (row, tile) slots, each slot named once; False where it was too old."""
         slots = rows * self.length + tiles % self.length
         held = self._held[slots]
@@ -63,18 +72,39 @@ class TileRing:
         self._data.lasts[slots] = parts.lasts
         return np.asarray(fresh)
 
-    def windows(self, rows: Ints, newest_tile: Ints) -> Aggregates:
-        """Aggregates of every window ending with `newest_tile` of each row: shape [n, windows]."""
-        out = Aggregates.nothing(self._layout, len(rows), len(self._layout.spans))
+    def windows(self, rows: Ints, extents: Extents) -> Windowed:
+        """Aggregates of every window of each row."""
+        layout = self._layout
+        out = Aggregates.nothing(layout, len(rows), len(layout.spans))
+        decays = np.zeros((len(rows), len(layout.decays), 3), np.int64)
         if not self._tiles:
-            return out
-        width = len(self._layout.sums) + len(self._layout.mins) + len(self._layout.lasts)
+            return Windowed(out, decays)
+        width = len(layout.sums) + len(layout.mins) + len(layout.lasts)
         step = max(1, _BLOCK // (self._tiles * max(1, width)))
         for start in range(0, len(rows), step):
             block = slice(start, start + step)
-            part = self._block(rows[block], newest_tile[block])
-            out.sums[block], out.mins[block], out.lasts[block] = part.sums, part.mins, part.lasts
-        return out
+            part = self._block(rows[block], extents.block(block))
+            found = part.aggregates
+            out.sums[block], out.mins[block], out.lasts[block] = found.sums, found.mins, found.lasts
+            decays[block] = part.decayed
+        return Windowed(out, decays)
+
+    def tile_minima(self, rows: Ints, newest_tile: Ints, parts: Sequence[int]) -> Ints:
+        """Minima of each row's tiles by age: int64 [n, ages, parts], NO_MINIMUM where empty."""
+        slots, held = self._slots(rows, newest_tile)
+        found = self._data.mins[:, list(parts)].take(slots, axis=0)
+        return np.where(held[:, :, None], found, NO_MINIMUM)
+
+    def held_slots(self, rows: Ints, newest_tile: Ints) -> tuple[Ints, Ints, Ints]:
+        """Of the tiles by age that are held: whose (index into rows), the age and the slot."""
+        slots, held = self._slots(rows, newest_tile)
+        owners, ages = np.nonzero(held)
+        return owners, ages, slots[owners, ages]
+
+    @property
+    def held(self) -> Ints:
+        """Which tile each slot holds, EMPTY for none; read only."""
+        return self._held
 
     def clear(self, rows: Ints) -> None:
         """Empty all tiles of these rows."""
@@ -106,35 +136,73 @@ class TileRing:
             data.lasts.take(slots, axis=0),
         )
 
-    def _block(self, rows: Ints, newest_tile: Ints) -> Aggregates:
-        ages = np.arange(self._tiles)
-        tiles = newest_tile[:, None] - ages
+    def _slots(self, rows: Ints, newest_tile: Ints) -> tuple[Ints, Mask]:
+        """The slots of each row's tiles by age [n, ages], and whether they hold those tiles."""
+        tiles = newest_tile[:, None] - np.arange(self._tiles)
         slots = rows[:, None] * self.length + tiles % self.length
-        held = self._held[slots] == tiles
-        starts = np.concatenate(([0], self._layout.spans[:-1]))
+        return slots, self._held[slots] == tiles
+
+    def _block(self, rows: Ints, extents: Extents) -> Windowed:
+        slots, held = self._slots(rows, extents.newest_tile)
         sums = self._data.sums.take(slots, axis=0)
         sums *= held[:, :, None]
-        mins = np.where(
-            held[:, :, None], self._data.mins.take(slots, axis=0), np.iinfo(np.int64).max
+        mins = np.where(held[:, :, None], self._data.mins.take(slots, axis=0), NO_MINIMUM)
+        shape = (len(rows), len(self._layout.spans))
+        found = Aggregates(
+            np.empty((*shape, sums.shape[2]), np.int64),
+            np.empty((*shape, mins.shape[2]), np.int64),
+            self._lasts(slots, held, extents),
         )
-        return Aggregates(
-            np.add.reduceat(sums, starts, axis=1).cumsum(axis=1),
-            np.minimum.accumulate(np.minimum.reduceat(mins, starts, axis=1), axis=1),
-            self._lasts(slots, held),
-        )
+        self._sliding(sums, mins, found)
+        self._placed(sums, mins, extents, found)
+        return Windowed(found, decayed(self._layout, sums))
 
-    def _lasts(self, slots: Ints, held: npt.NDArray[np.bool_]) -> Ints:
-        """The newest record of each window: it is in the newest tile that has one."""
-        spans = self._layout.spans
+    def _sliding(self, sums: Ints, mins: Ints, out: Aggregates) -> None:
+        """Windows that all end with the newest tile: each is the one before it, and some more."""
+        count = self._layout.sliding
+        if not count:
+            return
+        spans = self._layout.spans[:count]
+        starts, end = np.concatenate(([0], spans[:-1])), spans[-1]
+        out.sums[:, :count] = np.add.reduceat(sums[:, :end], starts, axis=1).cumsum(axis=1)
+        least = np.minimum.reduceat(mins[:, :end], starts, axis=1)
+        out.mins[:, :count] = np.minimum.accumulate(least, axis=1)
+
+    def _placed(self, sums: Ints, mins: Ints, extents: Extents, out: Aggregates) -> None:
+        """Windows whose place depends on the request."""
+        for window in range(self._layout.sliding, len(self._layout.spans)):
+            inside = _inside(extents, window, self._tiles)[:, :, None]
+            out.sums[:, window] = (sums * inside).sum(axis=1)
+            out.mins[:, window] = np.where(inside, mins, NO_MINIMUM).min(axis=1, initial=NO_MINIMUM)
+
+    def _lasts(self, slots: Ints, held: Mask, extents: Extents) -> Ints:
+        """The newest record of each window: it is in the newest tile that has one (the oldest)."""
+        spans, count = self._layout.spans, self._layout.sliding
         out = np.full((len(slots), len(spans), len(self._layout.lasts), RECORD), NEVER, np.int64)
-        for place in range(len(self._layout.lasts)):
+        for place, (sign, _) in enumerate(self._layout.lasts):
             has = held & (self._data.lasts[:, place, 0][slots] != NEVER)
-            age = np.where(has.any(axis=1), has.argmax(axis=1), self._tiles)
-            found = np.flatnonzero(age < self._tiles)
-            newest = self._data.lasts[slots[found, age[found]], place]
-            inside = age[found, None] < spans
-            out[found, :, place] = np.where(inside[:, :, None], newest[:, None], NEVER)
+            shared = count if sign > 0 else 0
+            if shared:
+                age = np.where(has.any(axis=1), has.argmax(axis=1), self._tiles)
+                found = np.flatnonzero(age < self._tiles)
+                newest = self._data.lasts[slots[found, age[found]], place]
+                inside = age[found, None] < spans[:count]
+                out[found, :count, place] = np.where(inside[:, :, None], newest[:, None], NEVER)
+            for window in range(shared, len(spans)):
+                chosen = has & _inside(extents, window, self._tiles)
+                found = np.flatnonzero(chosen.any(axis=1))
+                part = chosen[found]
+                age = part.argmax(axis=1)
+                if sign < 0:
+                    age = self._tiles - 1 - part[:, ::-1].argmax(axis=1)
+                out[found, window, place] = self._data.lasts[slots[found, age], place]
         return out
+
+
+def _inside(extents: Extents, window: int, tiles: int) -> Mask:
+    """Which ages a window covers: bool [n, ages]."""
+    ages = np.arange(tiles)
+    return (ages >= extents.low[:, window, None]) & (ages < extents.high[:, window, None])
 
 
 def _merge_some(parts: Aggregates, at: Ints, others: Aggregates) -> Aggregates:

@@ -20,7 +20,7 @@ from causemesh.errors import Fatal
 from services.features.domain.events import Ints
 
 _MAGIC = b"CMFS"
-_VERSION = 1
+_VERSION = 2
 _PREFIX = struct.Struct("<4sII")
 
 

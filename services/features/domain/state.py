@@ -8,7 +8,7 @@ import polars as pl
 
 from services.features.domain.align import DEFAULT_SLICE_US, Advanced, Aligner, ApplyOn
 from services.features.domain.definitions import FeatureView
-from services.features.domain.events import ViewEvents
+from services.features.domain.events import Ints, ViewEvents
 from services.features.domain.feature_store import FeatureStore
 from services.features.domain.snapshots import pack, unpack_blobs
 
@@ -46,9 +46,9 @@ class PartitionState:
         for name, events in self.store.read(event_type, frame).items():
             self.aligner.add_events(name, events)
 
-    def add_view_events(self, view_name: str, events: ViewEvents) -> None:
-        """Take events that were read for one view elsewhere (a re-keyed topic)."""
-        self.aligner.add_events(view_name, events)
+    def add_view_events(self, view_name: str, events: ViewEvents) -> Ints:
+        """Take events that were read for one view elsewhere; returns which came too late."""
+        return self.aligner.add_events(view_name, events)
 
     def add_requests(self, frame: pl.DataFrame) -> None:
         """Take requests (see Aligner.add_requests)."""
@@ -68,13 +68,17 @@ class PartitionState:
 
     def evict(self) -> int:
         """Forget entities that no replay answer still to come depends on; returns how many."""
+        return sum(self.evict_by_view().values())
+
+    def evict_by_view(self) -> dict[str, int]:
+        """The same, counted by view."""
         before_us = self.aligner.answered_until_us
         if before_us is None:
-            return 0
-        return sum(
-            state.evict(before_us, self.aligner.pending_rows(name))
+            return {}
+        return {
+            name: state.evict(before_us, self.aligner.pending_rows(name))
             for name, state in self.store.views.items()
-        )
+        }
 
     def memory_bytes(self) -> int:
         """Roughly what the states of the views hold; buffers not included."""

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from services.features.domain.aggregates import NEVER, NO_MINIMUM, Aggregates
+from services.features.domain.cells import Cells
 from services.features.domain.definitions import FeatureView
 from services.features.domain.events import Ints
 from services.features.domain.layout import SQUARE_BITS, Group, Layout
+from services.features.domain.sketched import SketchAnswers
+from services.features.domain.sketches import distinct, quantile, share, top
+from services.features.domain.windowed import decayed_total
 
 Vectors = npt.NDArray[np.float32]
 Floats = npt.NDArray[np.floating[Any]]  # float64: what the type checker makes of int * float
@@ -34,19 +38,27 @@ def row_bytes(matrix: npt.NDArray[Any], kind: str = "<f4") -> list[bytes]:
 class Primitives:
     """All that an answer is made from.
 
-    windows: aggregates of shape [n, windows]; latest: records [n, latests, RECORD]; as_of_us: [n].
+    windows: aggregates of shape [n, windows]; decayed: int64 [n, decays, 3]; latest: records [n,
+    latests, RECORD]; as_of_us: [n]; sketches: None where the view has none.
     """
 
     windows: Aggregates
+    decayed: Ints
     latest: Ints
     as_of_us: Ints
+    sketches: SketchAnswers | None = None
 
 
 def vectors(view: FeatureView, layout: Layout, primitives: Primitives) -> Vectors:
     """The view's features for each request: float32 [n, features], NaN where there is nothing."""
     out = np.empty((len(primitives.as_of_us), len(view.features)), np.float32)
     for group in layout.groups:
-        out[:, group.places] = _FINISH[group.aggregation](view, group, primitives)
+        finish = _FINISH[group.aggregation]
+        numbers = finish(view, group, primitives)
+        if group.per is not None:
+            divisor = finish(view, replace(group, spans=group.per), primitives)
+            numbers = _unless(divisor == 0, numbers / np.where(divisor == 0, 1.0, divisor))
+        out[:, group.places] = numbers
     return out
 
 
@@ -99,6 +111,31 @@ def _last(view: FeatureView, group: Group, primitives: Primitives) -> Floats:
     return _unless(found[..., 0] == NEVER, found[..., 3] * view.resolution)
 
 
+def _ewma(view: FeatureView, group: Group, primitives: Primitives) -> Floats:
+    """sum(w q) / sum(w), w = 2**(-age / half-life) at the grain of tiles: forward decay.
+
+    Cormode, Shkapenyuk, Srivastava and Xu, "Forward Decay: A Practical Time Decay Model for
+    Streaming Systems" (2009): a weight depends on the event's age alone, so sums merge. The weights
+    are whole (see `decay_weights`), so the weighted sums are exact.
+    """
+    found = primitives.decayed[:, group.parts[0]]
+    weight = found[..., 0]
+    mean = decayed_total(found) / np.maximum(weight, 1)
+    return _unless(weight == 0, mean * view.resolution)
+
+
+def _sketched(view: FeatureView, group: Group, primitives: Primitives) -> Floats:
+    out = np.empty((len(primitives.as_of_us), len(group.spans)))
+    finish = _SKETCHED[group.aggregation]
+    scale = view.resolution if group.aggregation in ("quantile", "top") else 1.0
+    asked = zip(group.parts[0].tolist(), group.spans.tolist(), group.parameters, strict=True)
+    for place, (sketch, window, parameter) in enumerate(asked):
+        assert primitives.sketches is not None
+        cells = primitives.sketches.cells(sketch, window)
+        out[:, place] = finish(cells, parameter, len(out)) * scale
+    return out
+
+
 def _latest(view: FeatureView, group: Group, primitives: Primitives) -> Floats:
     found = primitives.latest[:, group.parts[0]]
     return _unless(_gone(view, found, primitives), found[..., 3] * view.resolution)
@@ -131,7 +168,19 @@ _FINISH: dict[str, Callable[[FeatureView, Group, Primitives], Floats]] = {
     "std": _std,
     "min": _extreme(1),
     "max": _extreme(-1),
+    "first": _last,
     "last": _last,
+    "ewma": _ewma,
+    "distinct": _sketched,
+    "quantile": _sketched,
+    "top": _sketched,
+    "share": _sketched,
     "latest": _latest,
     "age": _age,
+}
+_SKETCHED: dict[str, Callable[[Cells, float, int], Floats]] = {
+    "distinct": lambda found, _, n: distinct(found.owners, found.values, n),
+    "quantile": lambda found, q, n: quantile(found.owners, found.cells, found.values, q, n),
+    "top": lambda found, k, n: top(found.owners, found.cells, found.values, int(k), n),
+    "share": lambda found, k, n: share(found.owners, found.cells, found.values, int(k), n),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,8 @@ import numpy as np
 import polars as pl
 
 from services.features.domain.definitions import Feature, FeatureView
+from services.features.domain.sketches import MAX_VALUES
+from services.features.domain.windows import Window
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,8 @@ class Event:
     source: int
     position: int
     inputs: tuple[float | None, ...]
+    target: str | None = None
+    void: bool = False
 
     @property
     def order(self) -> tuple[int, int, int]:
@@ -51,29 +56,146 @@ def expected(
     view: FeatureView, events: Sequence[Event], entity: str | None, as_of_us: int
 ) -> list[np.float32]:
     """The vector of one entity as of one time, from all events of the view."""
+    before = [e for e in events if e.entity is not None and e.occurred_at_us < as_of_us]
+    removed = {e.target for e in before if e.target is not None}
     seen = [
-        e
-        for e in events
-        if entity is not None and e.entity == entity and e.occurred_at_us < as_of_us
+        e for e in before if e.entity == entity and not e.void and f"e{e.position}" not in removed
     ]
     return [np.float32(_feature(view, f, seen, as_of_us)) for f in view.features]
 
 
 def _feature(view: FeatureView, feature: Feature, events: list[Event], as_of_us: int) -> float:
-    if feature.window_us is not None:
-        newest = (as_of_us - 1) // view.tile_us
-        oldest = newest - feature.window_us // view.tile_us + 1
-        events = [e for e in events if oldest <= e.occurred_at_us // view.tile_us <= newest]
-    if feature.aggregation in ("latest", "age") and view.retention_us is not None:
-        events = [e for e in events if e.occurred_at_us >= as_of_us - view.retention_us]
+    number = _over(view, feature, feature.window, events, as_of_us)
+    if feature.per is None:
+        return number
+    divisor = _over(view, feature, feature.per, events, as_of_us)
+    return math.nan if math.isnan(divisor) or divisor == 0 else number / divisor
+
+
+def _over(
+    view: FeatureView, feature: Feature, window: Window | None, events: list[Event], as_of_us: int
+) -> float:
     events = sorted(events, key=lambda e: e.order)
+    if window is not None:
+        events = _in_window(view, window, events, as_of_us)
+    elif view.retention_us is not None:
+        events = [e for e in events if e.occurred_at_us >= as_of_us - view.retention_us]
     if feature.column is None:
         if feature.aggregation == "count":
             return len(events)
         return (as_of_us - events[-1].occurred_at_us) / 1e6 if events else math.nan
     column = [c.name for c in view.columns].index(feature.column)
+    if feature.aggregation == "ewma":
+        return _ewma(view, feature, column, events, as_of_us)
     units = [_units(view, e.inputs[column]) for e in events]
-    return _aggregate(feature.aggregation, [u for u in units if u is not None], view.resolution)
+    present = [u for u in units if u is not None]
+    if feature.aggregation in ("distinct", "quantile", "top", "share"):
+        tiles = [e.occurred_at_us // view.tile_us for e in events]
+        tiled = [(t, u) for t, u in zip(tiles, units, strict=True) if u is not None]
+        return _sketched(feature, present, tiled, view.resolution)
+    return _aggregate(feature.aggregation, present, view.resolution)
+
+
+def _in_window(
+    view: FeatureView, window: Window, events: list[Event], as_of_us: int
+) -> list[Event]:
+    """The events in a window; given and returned in order."""
+    if window.shape == "tumbling":
+        end = as_of_us // window.length_us * window.length_us
+        return [e for e in events if end - window.length_us <= e.occurred_at_us < end]
+    newest = (as_of_us - 1) // view.tile_us
+    oldest = newest - window.length_us // view.tile_us + 1
+    near = [e for e in events if oldest <= e.occurred_at_us // view.tile_us <= newest]
+    if window.shape != "session":
+        return near
+    session: list[Event] = []
+    following_us = as_of_us
+    for event in reversed(near):
+        if following_us - event.occurred_at_us > window.part_us:
+            break
+        session.insert(0, event)
+        following_us = event.occurred_at_us
+    return session
+
+
+def _ewma(
+    view: FeatureView, feature: Feature, column: int, events: list[Event], as_of_us: int
+) -> float:
+    """sum(w * q) / sum(w) with w = 2**(-age / half-life), whole tiles and whole weights."""
+    weighted = weight = 0
+    for event in events:
+        unit = _units(view, event.inputs[column])
+        age = (as_of_us - 1) // view.tile_us - event.occurred_at_us // view.tile_us
+        if unit is not None:
+            w = round(2**16 * 2.0 ** (-(age * view.tile_us) / feature.part_us))
+            weighted, weight = weighted + w * unit, weight + w
+    if weight == 0:
+        return math.nan
+    high, low = weighted >> 32, weighted & (2**32 - 1)
+    return (high * 2.0**32 + low) / weight * view.resolution
+
+
+def _sketched(
+    feature: Feature, units: list[int], tiled: list[tuple[int, int]], resolution: float
+) -> float:
+    if feature.aggregation == "distinct":
+        return distinct(set(units))
+    if not units:
+        return math.nan
+    if feature.aggregation == "quantile":
+        exact = sorted(units)[math.floor(feature.parameter * (len(units) - 1))]
+        return middle(exact) * resolution
+    for tile in {t for t, _ in tiled}:
+        if len({u for t, u in tiled if t == tile}) > MAX_VALUES:
+            return math.nan
+    k = int(feature.parameter)
+    ranked = sorted(Counter(units).items(), key=lambda item: (-item[1], item[0]))
+    if feature.aggregation == "top":
+        return ranked[k - 1][0] * resolution if k <= len(ranked) else math.nan
+    return sum(count for _, count in ranked[:k]) / len(units)
+
+
+def middle(unit: int) -> float:
+    """The middle of the run of numbers that share sign and first seven binary digits."""
+    size = abs(unit)
+    dropped = max(size.bit_length() - 7, 0)
+    low = size >> dropped << dropped
+    return math.copysign(low + (2**dropped - 1) / 2, unit)
+
+
+def distinct(units: set[int]) -> float:
+    """HyperLogLog with 1,024 registers and Ertl's estimator, one register after another."""
+    m, bits = 1024, 54
+    registers = [0] * m
+    for unit in units:
+        mixed = mix(unit)
+        rest = mixed & (2**bits - 1)
+        place = mixed >> bits
+        registers[place] = max(registers[place], bits - rest.bit_length() + 1)
+    x = 1 - registers.count(bits + 1) / m
+    tau, y, before = 1 - x, 1.0, math.inf
+    while 0 < x < 1 and tau != before:
+        x, y, before = math.sqrt(x), y / 2, tau
+        tau -= (1 - x) ** 2 * y
+    z = m * (tau / 3 if 0 < x < 1 else 0.0)
+    for rank in range(bits, 0, -1):
+        z = 0.5 * (z + registers.count(rank))
+    x = registers.count(0) / m
+    if x == 1:
+        return 0.0
+    sigma, y, before = x, 1.0, math.inf
+    while sigma != before:
+        x, before = x * x, sigma
+        sigma, y = sigma + x * y, y + y
+    return m * m / (z + m * sigma) / (2 * math.log(2))
+
+
+def mix(unit: int) -> int:
+    """The finaliser of splitmix64."""
+    bits = (unit + 0x9E3779B97F4A7C15) % 2**64
+    bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EB % 2**64
+    return bits ^ (bits >> 31)
 
 
 def _units(view: FeatureView, number: float | None) -> int | None:
@@ -97,5 +219,6 @@ def _aggregate(kind: str, units: list[int], resolution: float) -> float:
         offset = sum(u - center for u in units) / n
         deviations = sum((u - center) ** 2 for u in units)
         return math.sqrt(max(deviations / n - offset * offset, 0.0)) * resolution
-    pick = {"min": min(units), "max": max(units), "last": units[-1], "latest": units[-1]}
+    pick = {"min": min(units), "max": max(units), "first": units[0]}
+    pick |= {"last": units[-1], "latest": units[-1]}
     return pick[kind] * resolution

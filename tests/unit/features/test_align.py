@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from causemesh.errors import Misdeclared, Poison
 from services.features.domain.definitions import FeatureView
+from services.features.domain.failures import DefinitionError
 from services.features.domain.parsing import parse_views
 from services.features.domain.state import PartitionState
 from tests.unit.features.reference import Event, expected
@@ -382,7 +383,7 @@ def test_late_arrivals_are_counted() -> None:
     state.add_requests(requests(95, 100))
     done = state.advance(100_000)
     assert (done.late_events, done.dropped_events, done.late_requests) == (3, 2, 1)
-    assert done.touched["departures"].size == 1
+    assert done.touched["departures@v1"].size == 1
     assert state.advance(100_000).late_events == 0
 
 
@@ -410,7 +411,7 @@ def test_declarations_and_snapshots_must_agree() -> None:
     with pytest.raises(Misdeclared, match="slice_us"):
         PartitionState(VIEWS, slice_us=7).restore(state.snapshot())
     with pytest.raises(Misdeclared, match="unknown feature view"):
-        state.add_view_events("x", state.store.read("departed", departures(1))["departures"])
+        state.add_view_events("x", state.store.read("departed", departures(1))["departures@v1"])
 
 
 def test_a_new_view_is_reported_when_older_state_is_restored() -> None:
@@ -418,9 +419,93 @@ def test_a_new_view_is_reported_when_older_state_is_restored() -> None:
     older.add_events("departed", departures(1, 15))
     older.advance(10_000)
     state = PartitionState(VIEWS, slice_us=SLICE * MS)
-    assert state.restore(older.snapshot()) == ["weather"]
+    assert state.restore(older.snapshot()) == ["weather@v1"]
     state.declare("both", SIGNATURES["both"])
     state.add_requests(requests(20))
     assert state.advance(20_000).applied == 1
     assert counts(state.ready()) == [(0, 2.0)]
     assert state.memory_bytes() > 0
+
+
+def two_versions(*numbers: int) -> PartitionState:
+    """Versions of a view that counts departures: over 20 ms, and from version 2 on over 40 ms."""
+    body = {"event": "departed", "entity": "origin", "scope": "shared", "tile": "10ms"}
+    views = {
+        f"busy@v{n}": {**body, "features": {"*": ["count 20ms" if n == 1 else "count 40ms"]}}
+        for n in numbers
+    }
+    if numbers == (1, 1):
+        views = {"busy": {**views["busy@v1"], "filter": "cancelled = 0"}, **views}
+    return PartitionState(parse_views({"views": views}), slice_us=SLICE * MS)
+
+
+def test_versions_of_a_view_answer_side_by_side() -> None:
+    state = two_versions(1, 2)
+    names = ("busy@v1.count_20ms", "busy@v2.count_40ms", "busy.count_20ms")
+    state.declare("both", names)
+    state.add_events("departed", departures(1, 15, 25))
+    state.add_requests(requests(40))
+    assert state.advance(40_000).applied == 6  # each version has a state of its own
+    ready = state.ready()
+    assert ready is not None
+    assert np.frombuffer(ready["vector"][0], "<f4").tolist() == [1.0, 3.0, 1.0]
+    with pytest.raises(Misdeclared, match=r"busy\.count_40ms"):
+        state.declare("newest", ["busy.count_40ms"])  # no version: the lowest
+
+
+def test_a_name_without_version_never_comes_to_mean_another_version() -> None:
+    state = two_versions(1, 2)
+    state.declare("pinned", ["busy@v2.count_40ms"])
+    retired = two_versions(2)
+    retired.restore(state.snapshot())
+    state.declare("loose", ["busy.count_20ms"])
+    with pytest.raises(Misdeclared, match=r"busy@v1\.count_20ms"):
+        two_versions(2).restore(state.snapshot())
+
+
+def test_one_name_and_version_twice_is_refused() -> None:
+    with pytest.raises(DefinitionError, match="'busy@v1' is defined twice"):
+        two_versions(1, 1)
+    body = {"event": "e", "entity": "k", "version": 2, "features": {"*": ["count 1h"]}}
+    with pytest.raises(DefinitionError, match="the name says v3"):
+        parse_views({"views": {"busy@v3": body}})
+
+
+@pytest.mark.parametrize(("lateness", "missed"), [(None, [2]), ("25ms", [2]), ("15ms", [1, 2])])
+def test_an_event_behind_the_allowed_lateness_is_handed_back(
+    lateness: str | None, missed: list[int]
+) -> None:
+    """Times 95, 80 and 45 ms at watermark 100 ms; the window of 40 ms reaches back to 60 ms."""
+    body = {"event": "departed", "entity": "origin", "scope": "shared", "tile": "10ms"}
+    features = {"features": {"*": ["count 40ms"]}}
+    late = {} if lateness is None else {"lateness": lateness}
+    state = PartitionState(
+        parse_views({"views": {"busy": {**body, **features, **late}}}), slice_us=SLICE * MS
+    )
+    state.declare("busy", ["busy.count_40ms"])
+    state.advance(100_000)
+    events = state.store.read("departed", departures(95, 80, 45))["busy@v1"]
+    assert state.add_view_events("busy@v1", events).tolist() == missed
+    done = state.advance(100_000)
+    assert (done.late_events, done.dropped_events, done.applied) == (
+        3,
+        len(missed),
+        3 - len(missed),
+    )
+    state.add_requests(requests(100).with_columns(signature=pl.lit("busy")))
+    state.advance(100_000)
+    ready = state.ready()
+    assert ready is not None
+    assert np.frombuffer(ready["vector"][0], "<f4").tolist() == [3.0 - len(missed)]
+
+
+def test_latest_takes_any_event_unless_its_lateness_is_bounded() -> None:
+    """An old event may still be the newest of its entity."""
+    for lateness, missed in (({}, []), ({"lateness": 0}, [0])):
+        body = {"event": "observed", "entity": "origin", "features": {"temp": ["latest"]}}
+        state = PartitionState(parse_views({"views": {"w": {**body, **lateness}}}))
+        state.advance(10**12)
+        frame = departures(1).with_columns(temp=pl.lit(4.0))
+        events = state.store.read("observed", frame)["w@v1"]
+        assert state.add_view_events("w@v1", events).tolist() == missed
+        assert len(state.store.views["w@v1"].entities) == 1 - len(missed)  # no row for nothing

@@ -64,6 +64,34 @@ def test_a_document_becomes_views() -> None:
     assert weather.retention_us == 7 * DAY
 
 
+def test_windows_of_every_shape_have_their_own_words() -> None:
+    body = {
+        "event": "e",
+        "entity": "k",
+        "features": {
+            "*": ["count tumbling:1d session:30m:6h 1h/1d"],
+            "x": ["ewma 1h", "first 1h", "mean session:30m:6h/1d"],
+        },
+    }
+    (view,) = parse_views({"views": {"v": body}})
+    assert view.feature_names == (
+        "v.count_tumbling_1d",
+        "v.count_session_30m_6h",
+        "v.count_1h_per_1d",
+        "v.x_ewma_1h",
+        "v.x_first_1h",
+        "v.x_mean_session_30m_6h_per_1d",
+    )
+    assert [window.text for window in view.windows] == [
+        "1h",
+        "1d",
+        "tumbling:1d",
+        "session:30m:6h",
+        "1h",
+    ]
+    assert (view.tile_us, view.tiles) == (5 * MINUTE, 2 * DAY // (5 * MINUTE))
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -81,6 +109,12 @@ def test_a_document_becomes_views() -> None:
         ({"windows": ["1h", "1d"], "tile": "7m"}, "no multiple of the tile"),
         ({"windows": ["30d"], "tile": "1m"}, "more than 4096"),
         ({"windows": ["7s", "365d"]}, "set `tile` yourself"),
+        ({"features": {"x": ["mean session:30m"]}}, "is no window"),
+        ({"features": {"x": ["mean session:2h:1h"]}}, "shorter than its gap"),
+        ({"features": {"x": ["mean session:30m:6h"]}, "tile": "1h"}, "no multiple of the tile"),
+        ({"features": {"x": ["ewma"]}}, "no half-life"),
+        ({"features": {"x": ["ewma 1h/2h"]}}, "takes no second window"),
+        ({"features": {"x": ["ewma tumbling:1h"]}}, "no duration"),
         ({"scope": "world"}, "scope must be"),
         ({"resolution": 0}, "positive"),
         ({"columns": ["x"]}, "`columns` must map"),
@@ -117,6 +151,9 @@ def test_features_in_code_are_checked_as_well() -> None:
         Feature("no_window", "mean", "x"),
         Feature("windowed_latest", "latest", "x", HOUR),
         Feature("undeclared", "mean", "y", HOUR),
+        Feature("plain_ewma", "ewma", "x", HOUR),
+        Feature("decayed_sum", "sum", "x", 8 * HOUR, "decayed", HOUR),
+        Feature("ewma_ratio", "ewma", "x", 8 * HOUR, "decayed", HOUR, HOUR),
         Feature("Bad Name", "mean", "x", HOUR),
     ):
         with pytest.raises(DefinitionError):

@@ -16,15 +16,60 @@ from services.features.domain.definitions import Aggregation, Feature, FeatureVi
 from services.features.domain.engine import ViewState
 from services.features.domain.events import ViewEvents, read_events
 from services.features.domain.vectors import Vectors
+from services.features.domain.windows import Shape
 from tests.unit.features.reference import Event, expected, frame_of
 
 TILE = 10
 KINDS: tuple[Aggregation, ...] = ("count", "sum", "mean", "min", "max", "std", "last")
+SKETCHED: list[tuple[str, Aggregation, float]] = [
+    ("distinct", "distinct", 0),
+    ("p0", "quantile", 0.0),
+    ("p50", "quantile", 0.5),
+    ("p99", "quantile", 0.99),
+    ("top1", "top", 1),
+    ("top3", "top", 3),
+    ("share1", "share", 1),
+    ("share2", "share", 2),
+]
 ENTITIES = ["a", "b", "c"]
 ASKED = [*ENTITIES, "unknown", None]
 
 
-def make_view(retention_us: int | None = None) -> FeatureView:
+def more_features() -> list[Feature]:
+    """Every other shape of window, every aggregation over each, and ratios."""
+    shapes: list[tuple[str, int, Shape, int]] = [
+        ("day", 2 * TILE, "tumbling", 0),
+        ("week", 3 * TILE, "tumbling", 0),
+        ("visit", 5 * TILE, "session", TILE),
+        ("stay", 7 * TILE, "session", 2 * TILE),
+    ]
+    features = [Feature(f"events_{n}", "count", None, w, s, p) for n, w, s, p in shapes]
+    for column in ("x", "y"):
+        features += [
+            Feature(f"{column}_{kind}_{name}", kind, column, window_us, shape, part_us)
+            for kind in (*KINDS, "first")
+            for name, window_us, shape, part_us in shapes
+        ]
+        features += [Feature(f"{column}_first_{n}", "first", column, n * TILE) for n in (1, 3, 5)]
+        features += [
+            Feature(f"{column}_ewma_{n}", "ewma", column, 8 * n * TILE, "decayed", n * TILE)
+            for n in (1, 2)
+        ]
+        features += [
+            Feature(f"{column}_{kind}_ratio", kind, column, TILE, per_us=5 * TILE) for kind in KINDS
+        ]
+        features += [
+            Feature(f"{column}_{name}_{w}_{s}", kind, column, w, s, p, parameter=parameter)
+            for name, kind, parameter in SKETCHED
+            for _, w, s, p in [*shapes, ("", 3 * TILE, "sliding", 0), ("", TILE, "sliding", 0)]
+        ]
+        features.append(
+            Feature(f"{column}_day_ratio", "sum", column, 2 * TILE, "tumbling", 0, 4 * TILE)
+        )
+    return features
+
+
+def make_view(retention_us: int | None = None, wide: bool = False) -> FeatureView:
     features = [Feature("events_1", "count", None, TILE), Feature("age", "age")]
     for column in ("x", "y"):
         features.append(Feature(f"{column}_latest", "latest", column))
@@ -33,6 +78,7 @@ def make_view(retention_us: int | None = None) -> FeatureView:
             for kind in KINDS
             for tiles in (1, 3, 5)
         ]
+    features += more_features() if wide else []
     return FeatureView(
         name="v",
         event_type="e",
@@ -99,12 +145,13 @@ def restored(state: ViewState) -> ViewState:
     events=event_lists(),
     cuts=st.lists(st.integers(-30, 190), max_size=6),
     retention=st.sampled_from([None, 35, 80]),
+    wide=st.booleans(),
     seed=st.integers(0, 2**16),
 )
 def test_any_chunking_order_snapshot_and_eviction_give_the_reference_bits(
-    events: list[Event], cuts: list[int], retention: int | None, seed: int
+    events: list[Event], cuts: list[int], retention: int | None, wide: bool, seed: int
 ) -> None:
-    view, rng = make_view(retention), random.Random(seed)
+    view, rng = make_view(retention, wide), random.Random(seed)
     state, applied = ViewState(view), -40
     for cut in [*sorted(cuts), 200]:
         due = [e for e in events if applied <= e.occurred_at_us < cut]
@@ -126,11 +173,16 @@ def test_any_chunking_order_snapshot_and_eviction_give_the_reference_bits(
 
 
 @settings(max_examples=60, deadline=None)
-@given(events=event_lists(), slice_us=st.integers(1, 60), seed=st.integers(0, 2**16))
+@given(
+    events=event_lists(),
+    slice_us=st.integers(1, 60),
+    wide=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
 def test_one_chunk_equals_the_loop_over_its_slices(
-    events: list[Event], slice_us: int, seed: int
+    events: list[Event], slice_us: int, wide: bool, seed: int
 ) -> None:
-    view, rng = make_view(), random.Random(seed)
+    view, rng = make_view(wide=wide), random.Random(seed)
     times = sorted(rng.randint(-30, 250) for _ in range(20))
     as_of = np.array([t // slice_us * slice_us for t in times], np.int64)
     chunked = ViewState(view).answer_chunk(read(view, events), cycle(20), as_of)
@@ -143,11 +195,17 @@ def test_one_chunk_equals_the_loop_over_its_slices(
 
 
 @settings(max_examples=80, deadline=None)
-@given(events=event_lists(), late=event_lists(most=12), until=st.integers(0, 170))
+@given(
+    events=event_lists(),
+    late=event_lists(most=12),
+    wide=st.booleans(),
+    until=st.integers(0, 170),
+)
 def test_late_events_reach_the_tiles_that_answers_can_still_see(
-    events: list[Event], late: list[Event], until: int
+    events: list[Event], late: list[Event], wide: bool, until: int
 ) -> None:
-    view, state = make_view(), ViewState(make_view())
+    view = make_view(wide=wide)
+    state = ViewState(view)
     on_time = [e for e in events if e.occurred_at_us < until]
     late = [
         Event(e.entity, e.occurred_at_us, 3, e.position, e.inputs)

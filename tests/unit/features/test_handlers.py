@@ -33,6 +33,7 @@ from services.features.handlers import (
     source_numbers,
     tasks_topic,
 )
+from services.features.lateness import LATE
 from services.features.publishing import VECTORS
 from services.features.rekeying import INPUTS
 from tests.unit.features.reference import Event, expected
@@ -406,3 +407,41 @@ async def test_a_schedule_counts_as_known_when_it_can_not_be_forgotten() -> None
     following = join()
     following.restore(state)
     assert following.models()["schedules"] == known
+
+
+async def test_an_event_too_late_for_a_view_is_sent_on_with_its_cause_and_counted() -> None:
+    counted: list[tuple[str, str, int]] = []
+    processor = join()
+    processor._count = lambda *what: counted.append(what)
+    await processor.process([registrations()], 100 * MS, None)
+    rows = [
+        {"occurred_at": at * MS, "sensor": "a", "site": "n", "value": 2.5} for at in (95, 30, 99)
+    ]
+    unit = await processor.process([batch((EVENTS, 0), rows, 7)], 100 * MS, None)
+    (part,) = [part for part in unit.outgoing if part.topic == LATE]
+    # `own` keeps the latest value, so no event is too late for it; `shared` has windows alone
+    assert part.frame.select("view", "entity", "tenant_id").rows() == [("shared@v1", "n", "t")]
+    assert part.positions.tolist() == [8]
+    assert part.indexes is not None
+    assert part.indexes.tolist() == [2]
+    assert np.frombuffer(part.frame["columns"][0], "<f8").tolist() == [2.5 * 1024]
+    assert _us(part.frame["occurred_at"][0]) == 30 * MS
+    assert _us(part.frame["applied_until"][0]) == 100 * MS
+    assert counted == [("events_missed", "shared@v1", 1)]
+
+
+async def test_a_late_re_keyed_input_names_the_input_s_own_position() -> None:
+    processor = join()
+    await processor.process([registrations()], 100 * MS, None)
+    rekey = Rekey(VIEWS, source_numbers(CATALOGUE))
+    rows = [{"occurred_at": at * MS, "sensor": "a", "site": "n", "value": 1.0} for at in (99, 20)]
+    moved = await rekey.process([batch((EVENTS, 3), rows, 40)], NEVER, None)
+    cause = {"topic": EVENTS, "partition": 3, "index": 0, "origin": None}
+    inputs = [
+        {**row, "cause": {**cause, "position": at}}
+        for row, at in zip(moved.outgoing[0].frame.to_dicts(), (40, 41), strict=True)
+    ]
+    unit = await processor.process([batch((INPUTS, 0), inputs, 1000)], 100 * MS, None)
+    (part,) = [part for part in unit.outgoing if part.topic == LATE]
+    assert part.frame["view"].to_list() == ["moved@v1"]
+    assert (part.cause_topic, part.positions.tolist()) == (INPUTS, [1001])

@@ -1,0 +1,77 @@
+"""Corrections and retractions of events, by id, exact for every aggregation.
+
+A minimum or a sketch can't be subtracted from. So a view that takes corrections keeps its events
+for as long as an answer can see them, and an entity of which one is corrected is made anew from
+those that count.
+
+As of time `s` an event counts if it occurred before `s` and no correction of it did. A retraction
+only removes; a correction removes and is itself an event. What was removed stays so, even when the
+correction is corrected in turn. An event and its correction may come in any order.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from services.features.domain.aggregates import RowEvents
+from services.features.domain.definitions import CORRECTION_COLUMNS, FeatureView
+from services.features.domain.events import NULL, Ints
+
+Mask = npt.NDArray[np.bool_]
+
+
+class KeptEvents:
+    """The events of a view that an answer may still see, corrections included."""
+
+    def __init__(self, view: FeatureView) -> None:
+        names = [column.name for column in view.columns]
+        self._id, self._target, self._void = (names.index(name) for name in CORRECTION_COLUMNS)
+        self._parts = [RowEvents.none(len(view.columns))]
+        self._settled = 0
+
+    @property
+    def events(self) -> RowEvents:
+        """All of them, in no order."""
+        self._parts = [RowEvents.concatenate(self._parts)]
+        return self._parts[0]
+
+    def add(self, events: RowEvents) -> None:
+        """Keep these too."""
+        self._parts.append(events)
+
+    def prune(self, from_us: int) -> None:
+        """Forget events before this time, once there are many."""
+        if sum(map(len, self._parts)) > 2 * self._settled:
+            events = self.events
+            self._parts = [events.take(events.occurred_at_us >= from_us)]
+            self._settled = len(self._parts[0])
+
+    def corrected_rows(self, more: RowEvents) -> Ints:
+        """The rows whose answer is not just that over what is kept and `more`: rising, unique."""
+        kept = self.events
+        new, old = more.values[self._target], kept.values[self._target]
+        new, old = new[new != NULL], old[old != NULL]
+        if not len(new) and not len(old):
+            return np.empty(0, np.int64)
+        parts = [
+            kept.rows[np.isin(kept.values[self._id], new)],
+            more.rows[np.isin(more.values[self._id], np.concatenate([new, old]))],
+            more.rows[more.values[self._target] != NULL],
+        ]
+        return np.unique(np.concatenate(parts))
+
+    def counting(self, rows: Ints, more: RowEvents) -> RowEvents:
+        """Of what is kept and `more`, the events of these rows that count."""
+        every = RowEvents.concatenate([self.events, more])
+        targets = every.values[self._target]
+        alive = ~np.isin(every.values[self._id], targets[targets != NULL])
+        return every.take(np.isin(every.rows, rows) & alive & (every.values[self._void] == NULL))
+
+    def memory_bytes(self) -> int:
+        """Bytes of the columns."""
+        return sum((4 + len(part.values)) * 8 * len(part) for part in self._parts)
+
+    def plain(self, events: RowEvents, corrected: Ints) -> RowEvents:
+        """The events of rows in which nothing is corrected."""
+        return events.take(~np.isin(events.rows, corrected)) if len(corrected) else events

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Iterator
-
 import polars as pl
 import pyarrow as pa
 from pyiceberg.catalog import Catalog
@@ -15,14 +12,13 @@ from pyiceberg.exceptions import (
     TableAlreadyExistsError,
     ValidationError,
 )
-from pyiceberg.io.pyarrow import pyarrow_to_schema, write_file
 from pyiceberg.manifest import DataFile
-from pyiceberg.partitioning import PartitionFieldValue, PartitionKey
-from pyiceberg.table import Table, WriteTask
+from pyiceberg.table import Table
 from pyiceberg.transforms import DayTransform, IdentityTransform
 
 from causemesh.errors import Misdeclared
 from causemesh.lake.definitions import TableDefinition
+from causemesh.lake.files import FileWriter
 
 TENANT, DAY = "tenant_id", "occurred_at_day"
 TOPIC_PROPERTY = "causemesh.topic"
@@ -35,7 +31,6 @@ _PROPERTIES = {
     "write.metadata.delete-after-commit.enabled": "true",
     "write.metadata.previous-versions-max": "20",
 }
-_DAY = "__day"
 
 
 def load(catalog: Catalog, identifier: str) -> Table | None:
@@ -96,25 +91,7 @@ def write(table: Table, frame: pl.DataFrame) -> list[DataFile]:
 
     A file without a commit is an orphan: `upkeep` sweeps it.
     """
-    return list(write_file(table.io, table.metadata, _tasks(table, frame)))
-
-
-def _tasks(table: Table, frame: pl.DataFrame) -> Iterator[WriteTask]:
-    spec, schema, wrote = table.spec(), table.schema(), uuid.uuid4()
-    task_schema = pyarrow_to_schema(_arrow(frame.schema), name_mapping=schema.name_mapping)
-    tenant_field, day_field = spec.fields
-    day = pl.col("occurred_at").dt.date().to_physical().alias(_DAY)
-    parts = frame.with_columns(day).partition_by(
-        [TENANT, _DAY], as_dict=True, maintain_order=True, include_key=True
-    )
-    for number, ((tenant, at), part) in enumerate(parts.items()):
-        key = PartitionKey(
-            [PartitionFieldValue(tenant_field, tenant), PartitionFieldValue(day_field, at)],
-            spec,
-            schema,
-        )
-        rows = part.drop(_DAY).rechunk().to_arrow()
-        yield WriteTask(wrote, number, task_schema, rows.to_batches(), partition_key=key)
+    return FileWriter(table).write(frame)
 
 
 def _create_namespace(catalog: Catalog, name: str) -> None:

@@ -32,7 +32,7 @@ Home = Annotated[
     typer.Option("--home", envvar="CAUSEMESH_HOME", help="Folder of the local mesh's data."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
-Name = Annotated[str, typer.Argument(help="A table (semi.x), a topic or an event type.")]
+Name = Annotated[str, typer.Argument(help="A table (decoded.x), a topic or an event type.")]
 Maybe = Annotated[
     str | None, typer.Argument(help="A table, a topic or an event type; all tables if left out.")
 ]
@@ -58,29 +58,32 @@ def lake_at(home: Path) -> Lake:
 @app.command()
 def tables(home: Home = HOME, as_json: Json = False) -> None:
     """Every table: its records, files, snapshots, and before which event time it is whole."""
-    Output(as_json=as_json).rows("Lake", lake_at(home).overview())
+    with lake_at(home) as lake:
+        Output(as_json=as_json).rows("Lake", lake.overview())
 
 
 @app.command()
 def snapshots(name: Name, home: Home = HOME, as_json: Json = False) -> None:
     """The snapshots of a table that can still be read, the oldest first."""
-    Output(as_json=as_json).rows(name, lake_at(home).snapshots(name))
+    with lake_at(home) as lake:
+        Output(as_json=as_json).rows(name, lake.snapshots(name))
 
 
 @app.command()
 def sql(
-    statement: Annotated[str, typer.Argument(help='Such as "SELECT count(*) FROM semi.x".')],
+    statement: Annotated[str, typer.Argument(help='Such as "SELECT count(*) FROM decoded.x".')],
     at: Annotated[
         datetime | None, typer.Option(help="As the tables were at this instant, UTC.")
     ] = None,
     home: Home = HOME,
     as_json: Json = False,
 ) -> None:
-    """Ask the tables a question in SQL (DuckDB): raw.x, semi.x and curated.x, read in place."""
-    lake = lake_at(home)
+    """Ask the tables a question in SQL (DuckDB): raw.x, decoded.x and curated.x, read in place."""
+    require_libraries()
     from causemesh.lake.sql import query  # noqa: PLC0415 - an extra
 
-    answer = query(lake, statement, at=at.replace(tzinfo=UTC) if at else None)
+    with lake_at(home) as lake:
+        answer = query(lake, statement, at=at.replace(tzinfo=UTC) if at else None)
     Output(as_json=as_json).rows("Answer", answer.to_pylist())
 
 
@@ -95,14 +98,15 @@ def compact(
 ) -> None:
     """Rewrite many small files of a tenant and day as one; readers and writers go on."""
     out = Output(as_json=as_json)
-    lake = lake_at(home)
+    require_libraries()
     from causemesh.lake import upkeep  # noqa: PLC0415 - an extra
 
     limits = upkeep.UpkeepLimits(small_files=files)
     rows = []
-    for table in _chosen(lake, name):
-        done = upkeep.compact(lake.catalog, table, limits, partial(out.progress, table))
-        rows.append({"table": table, **vars(done)})
+    with lake_at(home) as lake:
+        for table in _chosen(lake, name):
+            done = upkeep.compact(lake.catalog, table, limits, partial(out.progress, table))
+            rows.append({"table": table, **vars(done)})
     out.rows("Compacted", rows)
 
 
@@ -122,16 +126,17 @@ def expire(  # noqa: PLR0917 - typer has no other way
 ) -> None:
     """Take out days past their retention, forget old snapshots, remove files of no snapshot."""
     out = Output(as_json=as_json)
-    lake = lake_at(home)
+    require_libraries()
     from causemesh.lake.upkeep import UpkeepLimits  # noqa: PLC0415 - an extra
 
     limits = UpkeepLimits(
         snapshot_s=snapshot_days * 86_400, snapshots=keep, orphan_s=orphan_hours * 3_600
     )
     rows = []
-    for table in _chosen(lake, name):
-        out.progress(table, "expiring")
-        rows.append({"table": table, **_expired(lake, table, limits)})
+    with lake_at(home) as lake:
+        for table in _chosen(lake, name):
+            out.progress(table, "expiring")
+            rows.append({"table": table, **_expired(lake, table, limits)})
     out.rows("Expired", rows)
 
 

@@ -1,9 +1,10 @@
 """The data lake: what the topics held, as Iceberg tables in three zones.
 
-`raw` holds records as they lay in the log, `semi` the decoded columns of each topic, `curated` the
-typed tables that a project declares in its lake.yaml. Every snapshot carries the progress of the
-records behind it, so a table and its positions are one (docs/adr/0011-the-lake.md). The writer is a
-process of the features service; this package opens, describes, reads and maintains the tables.
+`raw` holds records as they lay in the log, `decoded` (the semi-structured zone; "semi" is a word of
+SQL) the columns of each topic, `curated` the typed tables that a project declares in its lake.yaml.
+Every snapshot carries the progress of the records behind it, so a table and its positions are one
+(docs/adr/0011-the-lake.md). The writer is a process of the features service; this package opens,
+describes, reads and maintains the tables.
 
 Its libraries are the extra `lake`: this module imports none of them.
 """

@@ -27,7 +27,7 @@ from causemesh.catalogue import Catalogue, Topic
 from causemesh.errors import Misdeclared
 from causemesh.expressions import check_expression
 
-Zone = Literal["raw", "semi", "curated"]
+Zone = Literal["raw", "decoded", "curated"]
 LAKE_FILE = "lake.yaml"
 ENVELOPE = ("tenant_id", "occurred_at", "event_id")
 PLACE = ("_partition", "_position", "_appended_at")
@@ -66,8 +66,8 @@ class LakeDefinition:
     tables: Mapping[str, TableDefinition]
 
     def of_topic(self, topic: str) -> list[TableDefinition]:
-        """The tables that a topic fills, what did not decode first and curated before semi."""
-        order: Sequence[Zone] = ("raw", "curated", "semi")
+        """The tables that a topic fills, what did not decode first and curated before decoded."""
+        order: Sequence[Zone] = ("raw", "curated", "decoded")
         mine = [one for one in self.tables.values() if one.topic == topic]
         return sorted(mine, key=lambda one: order.index(one.zone))
 
@@ -76,8 +76,8 @@ class LakeDefinition:
 
         Raises Misdeclared when there is none.
         """
-        for wanted in (name, f"semi.{table_name(name)}", f"raw.{table_name(name)}",
-                       f"semi.{table_name(f'events.{name}')}", f"curated.{name}"):  # fmt: skip
+        for wanted in (name, f"decoded.{table_name(name)}", f"raw.{table_name(name)}",
+                       f"decoded.{table_name(f'events.{name}')}", f"curated.{name}"):  # fmt: skip
             if wanted in self.tables:
                 return self.tables[wanted]
         raise Misdeclared(f"the lake has no table {name!r}; causemesh lake tables lists them")
@@ -114,7 +114,7 @@ def _of_topic(topic: Topic) -> list[TableDefinition]:
     if topic.form == "inbox":
         return [TableDefinition("raw", name, topic.name, days, about=topic.about)]
     return [
-        TableDefinition("semi", name, topic.name, days, about=topic.about),
+        TableDefinition("decoded", name, topic.name, days, about=topic.about),
         TableDefinition(
             "raw", name, topic.name, days, aside=True, about=f"What of {topic.name} did not decode."
         ),

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import polars as pl
 import pyarrow as pa
@@ -48,7 +48,10 @@ class Selection:
 
     def lazy(self) -> pl.LazyFrame:
         """As a Polars query; filters and columns added to it reach the files."""
-        frame = pl.scan_iceberg(self.table, snapshot_id=self.snapshot_id)
+        options = dict(self.table.io.properties)
+        if options.get("s3.endpoint", "").startswith("http://"):
+            options["allow_http"] = "true"
+        frame = pl.scan_iceberg(self.table, snapshot_id=self.snapshot_id, storage_options=options)
         if self.tenant is not None:
             frame = frame.filter(pl.col("tenant_id") == self.tenant)
         if self.since is not None:
@@ -97,6 +100,16 @@ class Lake:
     def open(cls, settings: LakeSettings, catalogue: Catalogue, project: Path | None) -> Lake:
         """The lake of a catalogue and a project. Raises Misdeclared, Retryable."""
         return cls(open_catalog(settings), define_lake(catalogue, project))
+
+    def close(self) -> None:
+        """Close the catalog's connections."""
+        self.catalog.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
     def select(
         self,

@@ -93,22 +93,22 @@ def datable(occurred: pl.Series) -> pl.Series:
     return ((at_us >= FIRST_DAY_US) & (at_us < END_US)).fill_null(False)
 
 
-def semi_rows(raw: RawBatch, rows: npt.NDArray[np.int64], frame: pl.DataFrame) -> pl.DataFrame:
-    """Rows of the semi-structured zone: the record's own columns, then its place."""
+def decoded_rows(raw: RawBatch, rows: npt.NDArray[np.int64], frame: pl.DataFrame) -> pl.DataFrame:
+    """Rows of the decoded-structured zone: the record's own columns, then its place."""
     return frame.hstack(place(raw, rows))
 
 
-def curated_rows(definition: TableDefinition, semi: pl.DataFrame) -> pl.DataFrame:
-    """Rows of a curated table out of semi-structured ones."""
+def curated_rows(definition: TableDefinition, decoded: pl.DataFrame) -> pl.DataFrame:
+    """Rows of a curated table out of decoded-structured ones."""
     each = definition.each
     if definition.where is not None:
-        semi = semi.filter(pl.sql_expr(definition.where))
+        decoded = decoded.filter(pl.sql_expr(definition.where))
     if each is not None:
-        semi = semi.explode(each, empty_as_null=False, keep_nulls=False)
-        items = semi[each].struct.unnest()
-        semi = semi.drop(each).hstack([one.alias(f"{each}.{one.name}") for one in items])
+        decoded = decoded.explode(each, empty_as_null=False, keep_nulls=False)
+        items = decoded[each].struct.unnest()
+        decoded = decoded.drop(each).hstack([one.alias(f"{each}.{one.name}") for one in items])
     made = [_expression(text, each).alias(name) for name, text in definition.columns.items()]
-    return semi.select(*ENVELOPE, *made, *PLACE)
+    return decoded.select(*ENVELOPE, *made, *PLACE)
 
 
 def _expression(text: str, each: str | None) -> pl.Expr:
@@ -135,7 +135,7 @@ def table_columns(definition: TableDefinition, topic: Topic) -> pl.Schema:
     if definition.zone == "raw":
         return RAW_COLUMNS
     empty = pl.DataFrame(schema={**frame_schema(topic.record), **_PLACE})
-    if definition.zone == "semi":
+    if definition.zone == "decoded":
         return empty.schema
     return check_curated(definition, empty)
 

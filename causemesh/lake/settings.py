@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 
 from pydantic import Field
@@ -54,9 +55,8 @@ def lake_settings(environment: Mapping[str, str]) -> LakeSettings:
     }
     if "catalog" not in told and environment.get(_POSTGRES):
         told["catalog"] = catalog_on(environment[_POSTGRES])
-    if "properties" in told:
-        return LakeSettings.model_validate_strings(told).checked()
-    return LakeSettings.model_validate(told).checked()
+    properties = json.loads(told.pop("properties", "{}"))
+    return LakeSettings.model_validate({**told, "properties": properties}).checked()
 
 
 def catalog_on(postgres_url: str) -> str:

@@ -28,18 +28,18 @@ def query(lake: Lake, text: str, *, at: datetime | None = None) -> pa.Table:
 
     Raises Misdeclared with what is wrong with the statement.
     """
-    with duckdb.connect(config={"TimeZone": "UTC"}) as connection:
+    with duckdb.connect() as connection:
         for definition, table in lake.tables():
-            found = dataset(table, at)
-            if found is not None:
+            files = dataset(table, at)
+            if files is not None:
                 name = f"{definition.zone}__{definition.name}"
-                connection.register(name, found)
+                connection.register(name, files)
                 connection.execute(f"CREATE SCHEMA IF NOT EXISTS {definition.zone}")
                 connection.execute(
                     f'CREATE VIEW {definition.zone}."{definition.name}" AS SELECT * FROM "{name}"'
                 )
         try:
-            return connection.execute(text).to_arrow_table()
+            return connection.sql(text).to_arrow_table()
         except duckdb.Error as error:
             raise Misdeclared(f"{error}") from None
 

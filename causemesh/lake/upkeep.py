@@ -187,10 +187,13 @@ def expire(catalog: Catalog, identifier: str, limits: UpkeepLimits) -> int:
             if progress_in(now) is None:
                 table = commit(catalog, identifier, lambda _, progress: Change(progress))
             ordered = sorted(table.snapshots(), key=lambda one: one.timestamp_ms)
+            kept = {
+                ref.snapshot_id for ref in table.metadata.refs.values()
+            }  # also after a rollback
             old = [
                 one.snapshot_id
                 for one in ordered[: -limits.snapshots]
-                if one.timestamp_ms < before * 1000
+                if one.timestamp_ms < before * 1000 and one.snapshot_id not in kept
             ]
             if not old:
                 return 0

@@ -71,7 +71,14 @@ async def _replay() -> None:
 
 def lake(*words: str) -> Any:
     """What `causemesh lake ... --json` prints."""
-    argv = [Path(sys.executable).with_name("causemesh"), "lake", *words, "--home", str(HOME), "--json"]
+    argv = [
+        Path(sys.executable).with_name("causemesh"),
+        "lake",
+        *words,
+        "--home",
+        str(HOME),
+        "--json",
+    ]
     done = subprocess.run(argv, check=False, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
@@ -115,11 +122,11 @@ def test_counts_by_sql_are_those_of_the_topics(mesh: Mesh) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:  # the services are still at work
         before, logged = logged, asyncio.run(_logged())
-        if before == logged and all(f"semi.events_{kind}" in logged for kind in FILLED):
+        if before == logged and all(f"decoded.events_{kind}" in logged for kind in FILLED):
             break
         time.sleep(2)
     assert {f"raw.inbox_{kind}" for kind in (*FILLED, "requests")} <= set(logged)
-    assert logged["semi.inference_requests_v1"] > 1_000
+    assert logged["decoded.inference_requests_v1"] > 1_000
     assert settled(logged) == logged
 
 
@@ -136,14 +143,14 @@ def test_a_curated_table_and_a_day_of_a_tenant(mesh: Mesh) -> None:
 
 
 def test_compaction_changes_no_count(mesh: Mesh) -> None:
-    before = counted(["semi.events_flight_landed"])
+    before = counted(["decoded.events_flight_landed"])
     (done,) = lake("compact", "flight_landed", "--files", "2")
     assert done["files_before"] >= done["files_after"]
-    assert counted(["semi.events_flight_landed"]) == before
+    assert counted(["decoded.events_flight_landed"]) == before
     (expired,) = lake("expire", "flight_landed", "--snapshot-days", "0", "--keep", "1")
     assert expired["snapshots"] > 0
     assert len(lake("snapshots", "flight_landed")) == 1
-    assert counted(["semi.events_flight_landed"]) == before
+    assert counted(["decoded.events_flight_landed"]) == before
 
 
 def test_the_writer_is_run_where_a_project_declares_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,8 +49,11 @@ async def serve(service: Service, settings: LakeWriterSettings) -> None:
     if settings.lake_upkeep_seconds:
         keeper = Keeper(catalog, definition, service.clock, settings.lake_upkeep_seconds)
         tasks.append(keeper.run)
-    await service.serve((), tasks)
-    await store.flush()
+    try:
+        await service.serve((), tasks)
+        await store.flush()
+    finally:
+        catalog.close()
 
 
 def lake_of(settings: LakeWriterSettings) -> LakeSettings:

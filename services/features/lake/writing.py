@@ -11,7 +11,7 @@ from polars.exceptions import PolarsError
 
 from causemesh.catalogue import Catalogue
 from causemesh.lake.definitions import LakeDefinition, TableDefinition
-from causemesh.lake.rows import curated_rows, datable, raw_rows, semi_rows
+from causemesh.lake.rows import curated_rows, datable, decoded_rows, raw_rows
 from causemesh.runner import Batch, Emission
 
 Written = list[tuple[str, pl.DataFrame]]
@@ -49,16 +49,16 @@ class LakeWriter:
     def _decoded(self, batch: Batch) -> Written:
         reasons = dict(batch.bad)
         good = _datable(batch, reasons)
-        semi = semi_rows(batch.raw, good.rows, good.frame)
+        decoded = decoded_rows(batch.raw, good.rows, good.frame)
         written: Written = []
         aside: TableDefinition | None = None
         for table in self._tables[batch.topic]:
             if table.aside:
                 aside = table
-            elif table.zone == "semi":
-                written.append((table.identifier, semi))
+            elif table.zone == "decoded":
+                written.append((table.identifier, decoded))
             else:
-                rows, wrong = _curated(table, semi)
+                rows, wrong = _curated(table, decoded)
                 written.append((table.identifier, rows))
                 reasons |= {int(good.rows[row]): reason for row, reason in wrong.items()}
         if reasons and aside is not None:
@@ -88,15 +88,15 @@ def _datable(batch: Batch, reasons: dict[int, str]) -> Batch:
     return batch.without(sorted(wrong)) if wrong else batch
 
 
-def _curated(table: TableDefinition, semi: pl.DataFrame) -> tuple[pl.DataFrame, dict[int, str]]:
-    """Rows of a curated table, and why some rows of `semi` (by number) gave none."""
+def _curated(table: TableDefinition, decoded: pl.DataFrame) -> tuple[pl.DataFrame, dict[int, str]]:
+    """Rows of a curated table, and why some rows of `decoded` (by number) gave none."""
     try:
-        return curated_rows(table, semi), {}
+        return curated_rows(table, decoded), {}
     except PolarsError as error:
-        if semi.height == 1:
-            empty = curated_rows(table, semi.clear())
+        if decoded.height == 1:
+            empty = curated_rows(table, decoded.clear())
             return empty, {0: f"{table.identifier}: {error}"[:500]}
-    middle = semi.height // 2
-    first, wrong = _curated(table, semi[:middle])
-    second, more = _curated(table, semi[middle:])
+    middle = decoded.height // 2
+    first, wrong = _curated(table, decoded[:middle])
+    second, more = _curated(table, decoded[middle:])
     return pl.concat([first, second]), wrong | {row + middle: why for row, why in more.items()}

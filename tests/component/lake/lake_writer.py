@@ -135,8 +135,9 @@ async def run(plan: Plan) -> None:
     bus, registry = KafkaBus(plan.kafka, session_timeout_ms=3_000), HttpRegistry(plan.registry)
     ((group, topics),) = groups_of(catalogue, definition).items()
     stage = Stage(LAKE, f"{group}-{plan.name}", topics)
+    catalog = open_catalog(LakeSettings(catalog=plan.catalog, warehouse=plan.warehouse))
     store = STORES[plan.arm](
-        open_catalog(LakeSettings(catalog=plan.catalog, warehouse=plan.warehouse)),
+        catalog,
         catalogue,
         definition,
         {stage.group: topics},
@@ -166,6 +167,7 @@ async def run(plan: Plan) -> None:
     await runner.run()
     flushing.cancel()
     await store.flush()
+    catalog.close()
     await producer.close()
     await registry.close()
     await bus.close()

@@ -17,16 +17,17 @@ import pytest
 
 from causemesh.faultpoints import Point
 from causemesh.lake.definitions import table_name
+from causemesh.lake.reading import Lake
 from tests.component.lake.conftest import COUNT, produce
 from tests.component.lake.lake_writer import Plan
 
 pytestmark = pytest.mark.servers
 POINTS = [
-    *[point for point in Point if point.startswith("worker.")],
+    *[Point.WORKER_CLAIMED, Point.WORKER_COMMITTED],  # "committed" only means that it waits
     *[Point.LAKE_CLAIMED, Point.LAKE_WRITING, Point.LAKE_WRITTEN, Point.LAKE_COMMITTED],
 ]
 ALL = sorted(f"r{n}" for n in range(COUNT))
-TABLES = ("semi", "curated")
+TABLES = ("decoded", "curated")
 
 
 @asynccontextmanager
@@ -48,9 +49,8 @@ async def process(
             await child.wait()
 
 
-def found(plan: Plan) -> dict[str, list[str]]:
+def found(lake: Lake, plan: Plan) -> dict[str, list[str]]:
     """The event of each row of each table, repeats included; [] for a table not yet there."""
-    lake = plan.lake()
     there = {definition.identifier for definition, _ in lake.tables()}
     ids = {}
     for zone in TABLES:
@@ -63,13 +63,14 @@ def found(plan: Plan) -> dict[str, list[str]]:
 async def everything(plan: Plan, wanted: list[str] = ALL) -> dict[str, list[str]]:
     """What the tables hold once every record came through, and then nothing new for a while."""
     last: dict[str, list[str]] = {}
-    async with asyncio.timeout(90):
-        while True:
-            now = await asyncio.to_thread(found, plan)
-            if now == last and all(set(ids) == set(wanted) for ids in now.values()):
-                return now
-            last = now
-            await asyncio.sleep(0.7)
+    with plan.lake() as lake:
+        async with asyncio.timeout(90):
+            while True:
+                now = await asyncio.to_thread(found, lake, plan)
+                if now == last and all(set(ids) == set(wanted) for ids in now.values()):
+                    return now
+                last = now
+                await asyncio.sleep(0.7)
 
 
 async def killed_at(point: Point, plan: Plan, log: Path) -> dict[str, list[str]]:
@@ -138,8 +139,10 @@ async def test_two_writers_share_the_topic_and_a_newer_schema_comes(
         both = sorted(f"r{n}" for n in range(2 * COUNT))
         ids = await everything(plan, both)
     assert ids == dict.fromkeys(TABLES, both)
-    rows = plan.lake().select(f"semi.{table_name(plan.facts)}").lazy().collect()
+    name = f"decoded.{table_name(plan.facts)}"
+    with plan.lake() as lake:
+        rows = lake.select(name).lazy().collect()
+        progress = lake.progress(name)
     assert rows["explanation"].null_count() == COUNT
     assert set(rows["explanation"].drop_nulls()) == {"because"}
-    progress = plan.lake().progress(f"semi.{table_name(plan.facts)}")
     assert sorted(progress.partitions) == [0, 1]

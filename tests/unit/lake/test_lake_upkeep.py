@@ -17,7 +17,7 @@ from causemesh.lake.upkeep import Compacted, UpkeepLimits
 from services.features.lake.sinks import Writing
 from tests.unit.lake.mesh import DAY_US, PREDICTIONS, START_US, LakeMesh, instants
 
-SEMI = "semi.inference_predictions_v1"
+SEMI = "decoded.inference_predictions_v1"
 NOW = UpkeepLimits(small_files=2, snapshot_s=0, snapshots=1, orphan_s=-120)
 """Everything is old, also what was written within the last minutes."""
 
@@ -131,7 +131,7 @@ async def test_expiry_and_sweep_keep_the_rows_and_the_progress(
 ) -> None:
     await same_days(mesh, 4)
     upkeep.compact(mesh.catalog(), SEMI, NOW)
-    folder = tmp_path / "tables" / "semi" / "inference_predictions_v1"
+    folder = tmp_path / "tables" / "decoded" / "inference_predictions_v1"
     parquet = sorted(folder.rglob("*.parquet"))
     assert len(parquet) == 8 + 2
     assert upkeep.expire(mesh.catalog(), SEMI, NOW) > 4

@@ -30,7 +30,7 @@ from tests.unit.lake.mesh import (
 )
 
 SEMI, ASIDE, RAW = (
-    "semi.inference_predictions_v1",
+    "decoded.inference_predictions_v1",
     "raw.inference_predictions_v1",
     "raw.inbox_requests",
 )
@@ -209,7 +209,7 @@ async def test_a_commit_that_failed_at_any_step_is_repeated_once(
     store = mesh.store()
     await mesh.read_all(store, 0)
     try:
-        for count in (1, 1):  # curated first, then semi
+        for count in (1, 1):  # curated first, then decoded
             arm(f"{point}:error:{count}")
             with pytest.raises(Retryable):
                 await store.flush()

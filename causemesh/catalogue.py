@@ -25,6 +25,8 @@ Form = Literal["fact", "state", "inbox"]
 Schema = dict[str, Any]
 
 SERVICES = ("ingest", "features", "inference", "agents", "billing", "drift")
+LAKE = "lake"
+"""The process that writes topics to the data lake; features' code, with a name of its own."""
 WATERMARK = "causemesh.Watermark"
 DEADLETTERS = "mesh.deadletters.v1"
 NO_TENANT = "-"
@@ -32,18 +34,26 @@ NO_TENANT = "-"
 _TOPIC_NAME = re.compile(r"^[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)*(\.v[1-9][0-9]*)?$")
 _TOPIC_FIELDS = {
     *("form", "record", "key", "owner", "producers", "consumers", "sources"),
-    *("partitions", "retention_days", "compatibility", "about"),
+    *("partitions", "retention_days", "compatibility", "lake", "lake_retention_days", "about"),
 }
 _EVENT_FIELDS = frozenset(
-    ["record", "key", "watermark", "lateness_seconds", "partitions", "retention_days", "about"]
+    [
+        *("record", "key", "watermark", "lateness_seconds", "partitions", "retention_days"),
+        *("lake", "lake_retention_days", "about"),
+    ]
 )
+_OF_EVENT_TYPES = ("partitions", "retention_days", "lake", "lake_retention_days")
 _PROJECT_FIELDS = frozenset(["event_types", "requests"])
 _MICROS = 1_000_000
 
 
 @dataclass(frozen=True)
 class Topic:
-    """One declared topic. `record` is the whole Avro schema of its values, envelope included."""
+    """One declared topic. `record` is the whole Avro schema of its values, envelope included.
+
+    `lake` says whether the data lake holds it; there it stays for `lake_retention_days` of event
+    time, whatever the broker keeps.
+    """
 
     name: str
     form: Form
@@ -57,6 +67,8 @@ class Topic:
     retention_days: int
     compatibility: str
     about: str
+    lake: bool = False
+    lake_retention_days: int = 730
 
     @property
     def record_name(self) -> str:
@@ -250,7 +262,7 @@ class _Loader:
             record,
         )
         self.event_types[name] = kind
-        common = {key: entry[key] for key in ("partitions", "retention_days") if key in entry}
+        common = {key: entry[key] for key in _OF_EVENT_TYPES if key in entry}
         about = entry.get("about", "")
         inbox = {
             "form": "inbox",
@@ -275,6 +287,7 @@ class _Loader:
         form: Form = entry["form"]
         envelope = self.envelopes["external" if form == "inbox" else "fact"]
         merged = {**self.defaults, **entry}
+        lake = bool(merged["lake"])
         self.topics[name] = Topic(
             name=name,
             form=form,
@@ -282,12 +295,14 @@ class _Loader:
             key=entry["key"],
             owner=entry["owner"],
             producers=tuple(entry["producers"]),
-            consumers=tuple(entry["consumers"]),
+            consumers=(*entry["consumers"], *([LAKE] if lake else [])),
             sources=tuple(entry.get("sources", ())),
             partitions=int(merged["partitions"]),
             retention_days=int(merged["retention_days"]),
             compatibility=str(merged["compatibility"]),
             about=" ".join(str(entry.get("about", "")).split()),
+            lake=lake,
+            lake_retention_days=int(merged["lake_retention_days"]),
         )
 
 

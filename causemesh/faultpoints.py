@@ -35,6 +35,12 @@ class Point(StrEnum):
     BILLING_FINALISING = "billing.finalising"
     BILLING_FINALISED = "billing.finalised"
     BILLING_NOTED = "billing.noted"
+    LAKE_CLAIMED = "lake.claimed"
+    LAKE_WRITING = "lake.writing"
+    LAKE_WRITTEN = "lake.written"
+    LAKE_COMMITTED = "lake.committed"
+    LAKE_COMPACTED = "lake.compacted"
+    LAKE_SWEEPING = "lake.sweeping"
 
 
 class Action(StrEnum):

@@ -23,6 +23,7 @@ from causemesh.bus.base import BEFORE_FIRST, Bus, Producer
 from causemesh.bus.opening import open_bus
 from causemesh.catalogue import DEADLETTERS, Catalogue
 from causemesh.clock import SystemClock
+from causemesh.codec.base import BatchDecoder
 from causemesh.codec.decode import Decoder
 from causemesh.codec.encode import RegistryEncoders
 from causemesh.codec.registry import HttpRegistry
@@ -33,6 +34,7 @@ from causemesh.migrations import migrate
 from causemesh.outbox import OutboxDrain
 from causemesh.outbox_backlog import backlog
 from causemesh.periodic import patiently, repeat
+from causemesh.positions import PositionStore
 from causemesh.positions_sql import SqlPositionStore
 from causemesh.runner import Emitter, Limits, PartitionWorker, Processor, Runner, Stage
 from causemesh.settings import API_PORTS, ServiceSettings
@@ -69,7 +71,7 @@ class Service:
         self.clock = SystemClock()
         self.store = SqlPositionStore(engine)
         self.encoders = RegistryEncoders(registry)
-        self.decoder = Decoder(registry)
+        self.decoder: BatchDecoder = Decoder(registry)
         self.metrics = Metrics()
         self._tracing: TracerProvider | None = None
         if settings.otlp_endpoint:
@@ -98,8 +100,12 @@ class Service:
         stage: Stage,
         make_processor: Callable[[int], Processor],
         limits: Limits | None = None,
+        *,
+        store: PositionStore | None = None,
     ) -> Runner:
         """A runner for `stage`; `make_processor(partition)` builds each worker's processor.
+
+        Positions lie in the service's database unless another `store` holds them with its effects.
 
         Raises Misdeclared when the catalogue does not let this service read or write a topic.
         """
@@ -116,7 +122,7 @@ class Service:
                 partition,
                 processor,
                 bus=self.bus,
-                store=self.store,
+                store=store or self.store,
                 catalogue=self.catalogue,
                 decoder=self.decoder,
                 emitter=emitter,
@@ -271,8 +277,13 @@ class _Server(uvicorn.Server):
 
 
 @asynccontextmanager
-async def open_service(name: str, settings: ServiceSettings) -> AsyncIterator[Service]:
-    """Connect a service and bring its database up to date; closes all at the end."""
+async def open_service(
+    name: str, settings: ServiceSettings, *, migrated: bool = True
+) -> AsyncIterator[Service]:
+    """Connect a service and bring its database up to date; closes all at the end.
+
+    `migrated` false leaves the database alone: the lake's tables are made by its library.
+    """
     configure_logging(name, level=settings.log_level, form=settings.log_format)
     settings.token()
     arm(settings.fault)
@@ -283,7 +294,8 @@ async def open_service(name: str, settings: ServiceSettings) -> AsyncIterator[Se
             f"{settings.postgres_url}/{name}", pool_size=10, max_overflow=10
         )
         stack.push_async_callback(engine.dispose)
-        await patiently(lambda: migrate(name, engine))
+        if migrated:
+            await patiently(lambda: migrate(name, engine))
         bus = open_bus(settings)
         registry = HttpRegistry(settings.registry_url)
         service = Service(

@@ -17,6 +17,7 @@ API_PORTS = {
     "agents": 8104,
     "billing": 8105,
     "drift": 8106,
+    "lake": 8107,
 }
 """The default port of each service's admin API."""
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import httpx
 import typer
 
-from causemesh.cli import following, running, tracing
+from causemesh.cli import following, lake, running, tracing
 from causemesh.cli.context import apis_at
 from causemesh.cli.output import Output
 from causemesh.errors import MeshError
@@ -26,6 +26,7 @@ Home = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 HOME = Path(".causemesh")
+app.add_typer(lake.app, name="lake")
 
 
 @app.command()

@@ -10,7 +10,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from causemesh.catalogue import LAKE, SERVICES
 from causemesh.errors import Misdeclared
+from causemesh.lake import require_libraries
+from causemesh.lake.definitions import LAKE_FILE
 from causemesh.local import Cluster, Endpoints
 from causemesh.local.cluster import ALL_SERVERS
 from causemesh.local.mesh import Mesh, mesh_of
@@ -52,9 +55,10 @@ def up(home: Path, project: Path, progress: Progress, *, partitions: int | None 
     before = mesh_of(home)
     if partitions is None and before is not None and _PARTITIONS in before.extra:
         partitions = int(before.extra[_PARTITIONS])
+    services = processes(project)
     settings = ServiceSettings()
     endpoints = Cluster(home, servers(settings.bus)).up(progress)
-    mesh = Mesh(home, endpoints, project)
+    mesh = Mesh(home, endpoints, project, services)
     mesh.extra[_BUS] = settings.bus
     progress("topics", "declaring")
     asyncio.run(provision(settings_on(endpoints, project, settings.bus, partitions)))
@@ -62,6 +66,20 @@ def up(home: Path, project: Path, progress: Progress, *, partitions: int | None 
         mesh.extra[_PARTITIONS] = str(partitions)
     mesh.up(progress)
     return mesh
+
+
+def processes(project: Path) -> tuple[str, ...]:
+    """What to run: the services, and the lake's writer for a project with a lake.yaml.
+
+    CAUSEMESH_LAKE=off leaves the writer out. Raises Misdeclared when the extra is not installed.
+    """
+    wanted = os.environ.get("CAUSEMESH_LAKE", "on")
+    if wanted not in ("on", "off"):
+        raise Misdeclared(f"CAUSEMESH_LAKE must be on or off, not {wanted!r}")
+    if wanted == "off" or not (project / LAKE_FILE).exists():
+        return SERVICES
+    require_libraries()
+    return (*SERVICES, LAKE)
 
 
 def settings_on(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import httpx
 
-from causemesh.catalogue import SERVICES
+from causemesh.catalogue import LAKE, SERVICES
 from causemesh.errors import Fatal, Misdeclared
 from causemesh.local.cluster import Cluster, Endpoints, ServerStatus
 from causemesh.local.ports import choose_ports
@@ -27,6 +27,9 @@ _READY_S = 90.0
 _POLL_S = 0.25
 _CRASH_LOOP = 5
 _STEADY_S = 20.0
+_OF_LAKE = "CAUSEMESH_LAKE_"
+_MODULES = {LAKE: "services.features.lake.app"}
+"""The processes that are not a service's own app."""
 
 
 class Mesh:
@@ -35,9 +38,10 @@ class Mesh:
     def __init__(
         self, home: Path, endpoints: Endpoints, project: Path, services: Sequence[str] = SERVICES
     ) -> None:
-        unknown = sorted(set(services) - set(SERVICES))
+        known = (*SERVICES, LAKE)
+        unknown = sorted(set(services) - set(known))
         if unknown:
-            raise Misdeclared(f"unknown services {unknown}; known: {', '.join(SERVICES)}")
+            raise Misdeclared(f"unknown services {unknown}; known: {', '.join(known)}")
         self.home = home.resolve()
         self._endpoints = endpoints
         self._project = project.resolve()
@@ -74,6 +78,8 @@ class Mesh:
             **endpoints,
             "CAUSEMESH_PROJECT": str(self._project),
             "CAUSEMESH_API_TOKEN": self.token,
+            "CAUSEMESH_LAKE_WAREHOUSE": f"file://{self.home / 'lake'}",
+            **{name: value for name, value in os.environ.items() if name.startswith(_OF_LAKE)},
             # the embedded broker allows it, and a service that was killed is back that much sooner
             "CAUSEMESH_SESSION_TIMEOUT_MS": os.environ.get("CAUSEMESH_SESSION_TIMEOUT_MS", "3000"),
             **self.extra,
@@ -211,7 +217,7 @@ class _Supervisor:
             self._mesh.stop_services()
             sys.exit(f"{name} ended {_CRASH_LOOP} times in a row; its log ends:\n{process.tail()}")
         self._started[name] = [*recent, now]
-        process.start([sys.executable, "-m", f"services.{name}.app"])
+        process.start([sys.executable, "-m", _MODULES.get(name, f"services.{name}.app")])
 
 
 def _reap() -> None:

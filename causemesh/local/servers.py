@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Protocol
 
-from causemesh.catalogue import SERVICES
+from causemesh.catalogue import LAKE, SERVICES
 from causemesh.errors import Fatal
 from causemesh.local import artefacts
 from causemesh.local.artefacts import Progress
@@ -69,8 +69,8 @@ class Postgres:
         }
         flags = [part for key, value in settings.items() for part in ("-c", f"{key}={value}")]
         self._start([programs / "postgres", "-D", self._data, *flags], programs)
-        for service in SERVICES:
-            self._ensure_database(programs, service)
+        for name in (*SERVICES, LAKE):
+            self._ensure_database(programs, name)
 
     def _start(self, argv: list[str | Path], programs: Path) -> None:
         """Start, and again while sessions of a server that was killed are still ending."""

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from causemesh.catalogue import DEADLETTERS, SERVICES, WATERMARK, Catalogue, Topic
+from causemesh.catalogue import DEADLETTERS, LAKE, SERVICES, WATERMARK, Catalogue, Topic
 from causemesh.codec.columns import frame_schema
 from causemesh.codec.decode import Decoder
 from causemesh.codec.encode import FEW_ROWS, Encoder
@@ -125,16 +125,17 @@ def topic(request: pytest.FixtureRequest) -> Topic:
 def test_everyone_named_exists(topic: Topic) -> None:
     assert topic.owner in SERVICES or (topic.owner, topic.name) == ("mesh", DEADLETTERS)
     assert topic.producers
-    assert set(topic.producers) <= {*SERVICES, OUTSIDE}
+    assert set(topic.producers) <= {*SERVICES, LAKE, OUTSIDE}
     assert topic.consumers
-    assert set(topic.consumers) <= {*SERVICES, PEOPLE}
+    assert set(topic.consumers) <= {*SERVICES, LAKE, PEOPLE}
+    assert (LAKE in topic.consumers) == topic.lake
 
 
 def test_the_owner_writes_its_topic(topic: Topic) -> None:
     if topic.name == "inference.requests.v1":  # inference's form, written by the door alone
         assert (topic.owner, topic.producers) == ("inference", ("ingest",))
     elif topic.name == DEADLETTERS:
-        assert set(topic.producers) == set(SERVICES)
+        assert set(topic.producers) == {*SERVICES, LAKE}
     else:
         assert topic.owner in topic.producers
 

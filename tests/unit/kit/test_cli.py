@@ -23,6 +23,8 @@ from causemesh.cli.tracing import Step, Traced, show
 from causemesh.errors import Misdeclared
 
 COMMANDS = sorted(get_command(app).commands)  # type: ignore[attr-defined]
+ALONE = [name for name in COMMANDS if name != "lake"]
+OF_LAKE = sorted(get_command(app).commands["lake"].commands)  # type: ignore[attr-defined]
 ROWS = [
     {"topic": "inbox.t", "written": 1_234_567, "share": 0.5, "owner": None},
     {"topic": "events.t", "written": 0, "share": 12.0, "owner": "ingest"},
@@ -42,11 +44,22 @@ def run(
 
 def test_the_commands_are_those_of_the_guides() -> None:
     started = ["demo", "down", "status", "up"]
-    looked_into = ["lag", "produce", "replay-rejects", "tail", "topics", "trace"]
+    looked_into = ["lag", "lake", "produce", "replay-rejects", "tail", "topics", "trace"]
     assert sorted(started + looked_into) == COMMANDS
+    assert OF_LAKE == ["compact", "expire", "snapshots", "sql", "tables"]
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", OF_LAKE)
+def test_every_command_of_the_lake_explains_itself(name: str) -> None:
+    shown = CliRunner().invoke(app, ["lake", name, "--help"])
+    assert shown.exit_code == 0
+    about = get_command(app).commands["lake"].commands[name].help  # type: ignore[attr-defined]
+    assert about[:40] in " ".join(shown.output.split())
+    assert "--home" in shown.output
+    assert "--json" in shown.output
+
+
+@pytest.mark.parametrize("name", ALONE)
 def test_every_command_explains_itself(name: str) -> None:
     shown = CliRunner().invoke(app, [name, "--help"])
     assert shown.exit_code == 0

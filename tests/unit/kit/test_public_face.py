@@ -44,7 +44,7 @@ FACE = {
         "": "name, settings, *, catalogue, bus, registry, engine",
         "emitter": "writes",
         "producer": "",
-        "runner": "stage, make_processor, limits=",
+        "runner": "stage, make_processor, limits=, *, store=",
         "outbox": "writes",
         "serve": "async routers=, tasks=",
         "close": "async ",
@@ -81,7 +81,7 @@ FACE = {
     errors.Poison: {"": "rows, *, batch="},
 }
 FUNCTIONS: dict[Callable[..., Any], str] = {
-    service.open_service: "name, settings",
+    service.open_service: "name, settings, *, migrated=",
     service.run_process: "main",
     outbox.add_events: "async connection, events, *, shard=",
     outbox.records_frame: "record, rows",

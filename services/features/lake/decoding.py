@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from causemesh.bus.base import RawBatch
 from causemesh.catalogue import WATERMARK
 from causemesh.codec.base import BatchDecoder, Decoded
 from causemesh.codec.decode import full_name
@@ -51,6 +52,11 @@ class WidestDecoder:
                 known.schema = await self._with(name, known.schema, schema_id)
                 known.writers.add(schema_id)
         return await self._decoder.decode(values, known.schema)
+
+    async def decode_log(self, raw: RawBatch, reader: Mapping[str, Any]) -> Decoded:
+        """See `BatchDecoder.decode_log`. One by one: a block may hold records of a writer's schema
+        that is new, behind others, and none of its fields may be lost."""
+        return await self.decode(raw.values, reader)
 
     async def _with(self, name: str, widest: dict[str, Any], schema_id: int) -> dict[str, Any]:
         """The schema with the fields that the writer's has more, if it is one of this record."""

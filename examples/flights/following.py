@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 
 import polars as pl
 
 from causemesh.cli.context import Connections
+from causemesh.errors import Retryable
 from causemesh.log import Span
 
 PREDICTIONS = "inference.predictions.v1"
@@ -26,9 +28,10 @@ class Outcomes:
         self.count = 0
 
     async def follow(self) -> None:
-        """Read until cancelled."""
+        """Read until cancelled. A broker that is away is waited for."""
         while True:
-            await self.catch_up()
+            with suppress(Retryable):
+                await self.catch_up()
             await asyncio.sleep(0.5)
 
     async def catch_up(self) -> None:

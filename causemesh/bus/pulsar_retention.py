@@ -66,9 +66,11 @@ class HeldPositions:
         tell, and the log says so.
         """
         stats = self._stats(name)
-        ledger, entry, _ = unpacked(at)
-        if ledger in {one["ledgerId"] for one in stats["ledgers"]}:
+        # The position just before the first of a ledger, from where spans are read, lies in none.
+        following, _, _ = unpacked(at + 1)
+        if following in {one["ledgerId"] for one in stats["ledgers"]}:
             return
+        ledger, entry, _ = unpacked(at)
         if stats["lastConfirmedEntry"] == f"{ledger}:{entry}":
             return
         if not stats["numberOfEntries"]:

@@ -85,8 +85,9 @@ class Kafka:
             "message.max.bytes": 2 << 20,
             "group.initial.rebalance.delay.ms": 0,
             "group.min.session.timeout.ms": 1000,
-            # After a kill -9 the controller refuses the broker's new registration for so long.
-            "broker.session.timeout.ms": 2000,
+            # After a kill -9 the controller refuses the broker's new registration for so long. Much
+            # less, and a machine with too much to do takes its only broker for dead.
+            "broker.session.timeout.ms": 3000,
             "broker.heartbeat.interval.ms": 400,
         }
         self._data.mkdir(parents=True, exist_ok=True)

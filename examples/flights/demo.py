@@ -3,7 +3,8 @@
 Settings: DEMO_MONTHS (default 3), DEMO_DAYS (only the first days of the first month), DEMO_EXIT=1
 (stop at the end also at a terminal), DEMO_KILL (by comma: services and servers that are ended by
 kill -9 on the way, and what else `disturbing` knows), DEMO_SEED (of the moments of that),
-DEMO_PARTITIONS (of each topic, default 2), CAUSEMESH_HOME (default .causemesh).
+DEMO_PARTITIONS (of each topic, default 2), DEMO_PROJECT (another folder with this project's files),
+CAUSEMESH_HOME (default .causemesh).
 """
 
 from __future__ import annotations
@@ -243,7 +244,8 @@ class Demo:
     ) -> dict[str, Any]:
         story = self._story
         asked = outcomes.frame.filter(pl.col("tenant_id") != probing.TENANT)
-        config = yaml.safe_load((PROJECT / "billing.yaml").read_text())
+        project = Path(mesh.environment()["CAUSEMESH_PROJECT"])
+        config = yaml.safe_load((project / "billing.yaml").read_text())
         expected = checking.expected_totals(config, story.replay, asked, periods)
         books = await asyncio.to_thread(asking.read_books, mesh, periods)
         reasons = await asking.counts(open_to, "ingest.rejects.v1", "reason")
@@ -368,7 +370,8 @@ def main() -> int:
     first = int(days) if days else None
     demo = Demo(home, months, first, kill, out=out, seed=int(seed) if seed else None)
     try:
-        mesh = running.up(home, PROJECT, out.progress, partitions=partitions)
+        project = Path(os.environ.get("DEMO_PROJECT", PROJECT))
+        mesh = running.up(home, project, out.progress, partitions=partitions)
         out.progress("ready", f"after {time.monotonic() - began:.0f} s")
         summary = asyncio.run(demo.run(mesh))
         (home / "demo-summary.json").write_text(json.dumps(summary, indent=2, default=str))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 
 import polars as pl
 
 from causemesh.bus.base import BEFORE_FIRST, Admin, RawBatch, Reader, TopicPartition
 from causemesh.cli.context import Connections
+from causemesh.errors import Retryable
 
 PREDICTIONS = "inference.predictions.v1"
 _COLUMNS = (
@@ -33,10 +35,11 @@ class Outcomes:
         self.count = 0
 
     async def follow(self) -> None:
-        """Read until cancelled."""
+        """Read until cancelled. A broker that is away is waited for."""
         try:
             while True:
-                await self.catch_up()
+                with suppress(Retryable):
+                    await self.catch_up()
                 await asyncio.sleep(0.5)
         finally:
             await self.close()
@@ -67,7 +70,7 @@ class Outcomes:
 
     async def _take(self, raw: RawBatch) -> None:
         record = self._open_to.catalogue.topic(PREDICTIONS).record
-        decoded = await self._open_to.decoder.decode(raw.values, record)
+        decoded = await self._open_to.decoder.decode_log(raw, record)
         if decoded.frame.height:
             self._frames.append(decoded.frame.select(_COLUMNS))
             self.count += decoded.frame.height

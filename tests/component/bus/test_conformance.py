@@ -159,6 +159,7 @@ async def test_a_stored_position_that_was_deleted_is_noticed(
     await reader.close()
     assert (await read(bus, {source: left[0][0]}, 1))[source] == left[1:]
     assert (await read(bus, {source: BEFORE_FIRST}, 2))[source] == left
+    assert (await read(bus, {source: left[0][0] - 1}, 2))[source] == left
     for one in (admin, bus):
         await one.close()
 

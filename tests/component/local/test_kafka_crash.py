@@ -45,7 +45,7 @@ def test_control_with_kafkas_own_session_it_waits_for_the_old_one_to_lapse(
 
     def theirs(self: kafka.Kafka) -> Path:
         path = settings(self)
-        ours = "broker.session.timeout.ms=2000"
+        ours = "broker.session.timeout.ms=3000"
         assert ours in path.read_text()
         default = f"broker.session.timeout.ms={THEIR_SESSION_MS}"
         path.write_text(path.read_text().replace(ours, default))

@@ -78,6 +78,13 @@ def test_a_position_that_may_be_gone_on_from(found: dict[str, Any]) -> None:
     held(found).check("a-partition-0", AT)
 
 
+def test_the_place_before_a_ledgers_first_record_is_held_with_it() -> None:
+    before = packed_one(8, 0, 0) - 1
+    held(stats([8, 9], "9:0", 9)).check("a-partition-0", before)
+    with pytest.raises(Fatal):
+        held(stats([9], "9:0", 9)).check("a-partition-0", before)
+
+
 @pytest.mark.parametrize("found", [stats([8], "8:0", 1), stats([8], "5:4", 1)])
 def test_a_position_whose_ledger_is_gone_from_a_log_with_records(found: dict[str, Any]) -> None:
     with pytest.raises(Fatal, match="ledger 5 of a-partition-0 was deleted"):

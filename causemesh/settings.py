@@ -56,6 +56,10 @@ class ServiceSettings(BaseSettings):
     api_token: SecretStr = Field(
         default=SecretStr(""), description="Bearer token of the admin API; at least 16 characters."
     )
+    service_url: str = Field(
+        default="http://127.0.0.1:{port}",
+        description="Where commands find the admin API of a {service}, with its default {port}.",
+    )
     fault: str = Field(
         default="", description="For tests: `point:kill|pause|error[:count]`; see faultpoints."
     )

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
 from causemesh.bus.base import TopicPartition
+from causemesh.log_limit import RepeatLimit
 from causemesh.runner.batch import NEVER
 from causemesh.runner.observer import UnitReport
 from causemesh.runner.stage import Stage
@@ -26,8 +27,8 @@ _Metric = TypeVar("_Metric", bound=MetricWrapperBase)
 def configure_logging(service: str, *, level: str = "info", form: str = "json") -> None:
     """One JSON object a line on standard output (or readable lines with `form` "console").
 
-    Log lines of libraries go the same way, from warnings on. A line of a traced unit or call has
-    its trace_id and span_id.
+    Log lines of libraries go the same way, from warnings on, repeats counted. A line of a traced
+    unit or call has its trace_id and span_id.
     """
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
@@ -52,7 +53,7 @@ def configure_logging(service: str, *, level: str = "info", form: str = "json") 
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, last],
         )
     )
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.basicConfig(level=logging.WARNING, handlers=[RepeatLimit(handler)], force=True)
 
 
 def _with_trace(logger: Any, method: str, line: MutableMapping[str, Any]) -> Mapping[str, Any]:

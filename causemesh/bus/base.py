@@ -92,7 +92,10 @@ class Reader(Protocol):
     """Reads a fixed set of partitions, each in order."""
 
     async def fetch(self, max_records: int, max_wait_s: float) -> list[RawBatch]:
-        """Up to `max_records` records a partition; empty when none came within `max_wait_s`."""
+        """About `max_records` records a partition; empty when none came within `max_wait_s`.
+
+        Less than twice as many: a batch of the log that is no larger is not cut.
+        """
 
     async def close(self) -> None:
         """Stop reading; safe to call twice."""

@@ -78,15 +78,16 @@ class KafkaReader:
             self._waiter.set_result(None)
 
     def _take(self, source: TopicPartition, most: int) -> RawBatch:
-        """Up to `most` records of a partition."""
-        queue, parts = self._waiting[source], list[RecordBlock]()
-        while queue and most > 0:
+        """About `most` records of a partition, in whole blocks: the records of one that is cut are
+        read one by one, so only a block that is more than that alone is cut."""
+        queue, parts, left = self._waiting[source], list[RecordBlock](), most
+        while queue and left > 0:
             block = queue.popleft()
             if len(block) > most:
-                block, rest = block.split(most)
+                block, rest = block.split(left)
                 queue.appendleft(rest)
             parts.append(block)
-            most -= len(block)
+            left -= len(block)
         if not queue:
             del self._waiting[source]
         return LogBatch(*source, parts)

@@ -31,6 +31,7 @@ from causemesh.bus.base import (
 )
 from causemesh.bus.pulsar_admin import PulsarAdmin, PulsarMembership
 from causemesh.bus.pulsar_ids import packed, unpacked
+from causemesh.bus.pulsar_retention import HeldPositions
 from causemesh.errors import Fatal, Retryable
 
 _OPERATION_TIMEOUT_S = 5
@@ -48,6 +49,7 @@ class PulsarBus:
         self._admin_url = admin_url
         self._client: Any = None
         self._opening = threading.Lock()
+        self.held = HeldPositions(admin_url)
 
     def client(self) -> Any:
         """The one client of this bus, whose connection all share."""
@@ -79,6 +81,7 @@ class PulsarBus:
 
     async def close(self) -> None:
         """Close the client with all that is still open on it."""
+        self.held.close()
         if self._client is not None:
             client, self._client = self._client, None
             await asyncio.to_thread(_close, client)
@@ -114,7 +117,7 @@ class PulsarReader:
         self._closed = False
 
     async def fetch(self, max_records: int, max_wait_s: float) -> list[RawBatch]:
-        """See `Reader.fetch`."""
+        """See `Reader.fetch`. Raises Fatal when the log no longer holds the position asked for."""
         loop = asyncio.get_running_loop()
         for key in self._after:
             if key not in self._waiting:
@@ -161,9 +164,10 @@ class PulsarReader:
     def _open(self, key: TopicPartition) -> Any:
         at = self._after[key]
         start = pulsar.MessageId.earliest
-        if at != BEFORE_FIRST:
-            start = pulsar.MessageId(-1, *unpacked(at))
         name = f"{key[0]}-partition-{key[1]}"
+        if at != BEFORE_FIRST:
+            self._bus.held.check(name, at)
+            start = pulsar.MessageId(-1, *unpacked(at))
         return self._bus.client().create_reader(name, start, receiver_queue_size=_QUEUE)
 
     async def close(self) -> None:

@@ -14,12 +14,15 @@ import pulsar  # type: ignore[import-untyped]
 import structlog
 
 from causemesh.bus.base import BEFORE_FIRST, TopicPartition
+from causemesh.bus.pulsar_http import tls
 from causemesh.bus.pulsar_ids import packed_one
+from causemesh.bus.pulsar_retention import NOT_ALLOWED, check_namespace, minutes_of, policy
 from causemesh.catalogue import Topic
 from causemesh.errors import Fatal, Misdeclared, Retryable
 
 _log = structlog.get_logger(__name__)
 _NAMESPACE = "persistent/public/default"
+_POLICIES = "namespaces/public/default"
 _GROUPS = "causemesh.group."
 _SUBSCRIPTION = "members"
 _POLL_S = 0.25
@@ -30,12 +33,15 @@ class PulsarAdmin:
     """See `Admin`."""
 
     def __init__(self, admin_url: str) -> None:
-        self._http = httpx.AsyncClient(base_url=f"{admin_url}/admin/v2/", timeout=10.0)
+        base = f"{admin_url}/admin/v2/"
+        self._http = httpx.AsyncClient(base_url=base, timeout=10.0, verify=tls())
 
-    async def ask(self, method: str, path: str, body: Any = None) -> httpx.Response:
+    async def ask(
+        self, method: str, path: str, body: Any = None, *, of: str = _NAMESPACE
+    ) -> httpx.Response:
         """One call. Raises Retryable when Pulsar is away or in trouble."""
         try:
-            answer = await self._http.request(method, f"{_NAMESPACE}/{path}", json=body)
+            answer = await self._http.request(method, f"{of}/{path}", json=body)
         except httpx.TransportError as error:
             raise Retryable(f"Pulsar is away: {error!r}", retry_after=1.0) from error
         if answer.status_code >= 500:
@@ -59,7 +65,7 @@ class PulsarAdmin:
         return True
 
     async def ensure(self, topics: Sequence[Topic]) -> list[str]:
-        """See `Admin.ensure`. How long data is kept is the namespace's setting."""
+        """See `Admin.ensure`. Retention is set on topics that exist, too."""
         counts = await asyncio.gather(*(self.partitions(topic.name) for topic in topics))
         for topic, count in zip(topics, counts, strict=True):
             if count not in (0, topic.partitions):
@@ -68,7 +74,23 @@ class PulsarAdmin:
                     f" {topic.partitions}; keys would move: create {topic.name} under a new version"
                 )
         missing = [topic for topic, count in zip(topics, counts, strict=True) if not count]
-        return [one.name for one in missing if await self.create(one.name, one.partitions)]
+        made = [one.name for one in missing if await self.create(one.name, one.partitions)]
+        await asyncio.gather(*(self._retain(topic) for topic in topics))
+        return made
+
+    async def _retain(self, topic: Topic) -> None:
+        """Set how long a topic is kept. A broker without policies of topics keeps it as long as its
+        namespace; raises Misdeclared when that is too short."""
+        path, wanted = f"{quote(topic.name)}/retention", policy(minutes_of(topic))
+        answer = await self.ask("GET", path)
+        if answer.status_code == NOT_ALLOWED:
+            space = await self.ask("GET", "retention", of=_POLICIES)
+            _expect(space)
+            check_namespace(space.json() if space.content else None, topic)
+            return
+        _expect(answer)
+        if not answer.content or answer.json() != wanted:
+            _expect(await self.ask("POST", path, wanted))
 
     async def ends(self, topics: Sequence[str]) -> dict[TopicPartition, int]:
         """See `Admin.ends`."""

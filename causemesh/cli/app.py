@@ -11,7 +11,7 @@ import httpx
 import typer
 
 from causemesh.cli import following, running, tracing
-from causemesh.cli.context import mesh_at
+from causemesh.cli.context import apis_at
 from causemesh.cli.output import Output
 from causemesh.errors import MeshError
 
@@ -127,7 +127,7 @@ def replay_rejects(
 ) -> None:
     """Send rejected records through the door again, as they came."""
     ask: dict[str, Any] = {"reason": reason, "tenant_id": tenant, "dry_run": dry_run}
-    with mesh_at(home).client("ingest") as api:
+    with apis_at(home).client("ingest") as api:
         answer = api.post("/v1/rejects/replay", json=ask)
     document = answer.json()
     if answer.is_error:

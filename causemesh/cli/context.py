@@ -6,16 +6,19 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
+
+import httpx
 
 from causemesh.bus.base import Bus
 from causemesh.bus.opening import open_bus
-from causemesh.catalogue import Catalogue
+from causemesh.catalogue import SERVICES, Catalogue
 from causemesh.codec.decode import Decoder
 from causemesh.codec.registry import HttpRegistry
 from causemesh.errors import Misdeclared
 from causemesh.local.mesh import Mesh, mesh_of
 from causemesh.log import LogReader
-from causemesh.settings import ServiceSettings
+from causemesh.settings import API_PORTS, ServiceSettings
 from causemesh.trace import Tracer
 
 
@@ -30,6 +33,48 @@ class Connections:
     decoder: Decoder
     log: LogReader
     tracer: Tracer
+
+
+class Apis(Protocol):
+    """The admin APIs of a mesh's services."""
+
+    services: tuple[str, ...]
+
+    def client(self, service: str) -> httpx.Client:
+        """An HTTP client for one of them, with the token."""
+
+
+class ApisElsewhere:
+    """The services of a mesh that this machine did not start, such as one in containers."""
+
+    services: tuple[str, ...] = SERVICES
+
+    def __init__(self, settings: ServiceSettings) -> None:
+        self._address = settings.service_url
+        self._token = settings.token()
+
+    def client(self, service: str) -> httpx.Client:
+        """See `Apis.client`."""
+        return httpx.Client(
+            base_url=self._address.format(service=service, port=API_PORTS[service]),
+            headers={"Authorization": f"Bearer {self._token}"},
+            timeout=60.0,
+        )
+
+
+def apis_at(home: Path) -> Apis:
+    """The APIs of the mesh under `home`, else of the one that the environment names. Raises
+    Misdeclared when it names none."""
+    mesh = mesh_of(home)
+    if mesh is not None:
+        return mesh
+    settings = ServiceSettings()
+    if not settings.api_token.get_secret_value():
+        raise Misdeclared(
+            f"no mesh runs from {home}; start one with: causemesh up --project <dir>, or set"
+            " CAUSEMESH_API_TOKEN to the token of one that runs elsewhere"
+        )
+    return ApisElsewhere(settings)
 
 
 def mesh_at(home: Path) -> Mesh:

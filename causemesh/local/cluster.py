@@ -10,9 +10,11 @@ from pathlib import Path
 
 from causemesh.errors import Misdeclared
 from causemesh.local.artefacts import Progress
+from causemesh.local.kafka import Kafka
 from causemesh.local.ports import choose_ports
 from causemesh.local.pulsar import Pulsar
-from causemesh.local.servers import HOST, Kafka, Postgres, Registry, Server, StripeStandIn
+from causemesh.local.registry import Registry
+from causemesh.local.servers import HOST, Postgres, Server, StripeStandIn
 from causemesh.local.triton import Triton
 
 _DEFAULT_PORTS = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 import uuid
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ import httpx
 
 from causemesh.errors import Fatal, Misdeclared
 from causemesh.local import artefacts
+from causemesh.local.aot import cached
 from causemesh.local.artefacts import Progress
+from causemesh.local.ports import choose_ports
 from causemesh.local.process import ServerProcess
 from causemesh.local.servers import HOST
 
@@ -40,6 +43,8 @@ class Pulsar:
     So it is ready when a record was written and read again, and is restarted once before it fails.
     """
 
+    version = artefacts.PULSAR[2]
+
     def __init__(self, home: Path, port: int, web_port: int, bookie_port: int) -> None:
         self.port = port
         self._web_port = web_port
@@ -49,15 +54,26 @@ class Pulsar:
 
     def start(self, progress: Progress) -> None:
         """See `Server.start`."""
+        artefacts.pulsar_home(progress)
+        self.launch(progress, cached(self, progress))
+
+    def elsewhere(self, home: Path) -> Pulsar:
+        """See `JavaServer.elsewhere`."""
+        names = ("pulsar", "pulsar_web", "pulsar_bookie")
+        ports = choose_ports(home / "ports.json", dict.fromkeys(names, 0))
+        return Pulsar(home, *(ports[name] for name in names))
+
+    def launch(self, progress: Progress, flags: Sequence[str]) -> None:
+        """See `JavaServer.launch`."""
         folder = artefacts.pulsar_home(progress)
         running = self.process.running() is not None
         progress("pulsar", "starting")
-        self._launch(folder)
+        self._launch(folder, flags)
         if self._usable():
             return
         progress("pulsar", "healthy but unusable: starting it once more")
         self.process.stop(timeout_s=20.0)
-        self._launch(folder)
+        self._launch(folder, flags)
         if not self._usable():
             again = "" if running else " twice"
             raise Fatal(f"pulsar started{again} and took no record:\n{self.process.tail()}")
@@ -66,11 +82,11 @@ class Pulsar:
         """See `Server.stop`."""
         self.process.stop(timeout_s=20.0)
 
-    def _launch(self, folder: Path) -> None:
-        self.process.start(self._argv(folder, self._settings(folder)))
+    def _launch(self, folder: Path, flags: Sequence[str]) -> None:
+        self.process.start(self._argv(folder, self._settings(folder), flags))
         self.process.wait_ready(self._healthy, _START_S)
 
-    def _argv(self, folder: Path, settings: Path) -> list[str | Path]:
+    def _argv(self, folder: Path, settings: Path, flags: Sequence[str]) -> list[str | Path]:
         opened = [flag for one in _OPENED for flag in ("--add-opens", f"{one}=ALL-UNNAMED")]
         heap = ["-Xms256m", "-Xmx512m", "-XX:MaxDirectMemorySize=512m", "-XX:+UseG1GC"]
         logging = {
@@ -83,11 +99,13 @@ class Pulsar:
         }
         return [
             artefacts.java(),
+            *flags,
             *heap,
             *opened,
             "-Dio.netty.tryReflectionSetAccessible=true",
             *(f"-D{name}={value}" for name, value in logging.items()),
-            *("-cp", f"{folder / 'conf'}:{folder / 'lib'}/*"),
+            # Jars alone: Java keeps no AOT cache for a class path with folders.
+            *("-cp", ":".join(map(str, sorted((folder / "lib").glob("*.jar"))))),
             "org.apache.pulsar.PulsarStandaloneStarter",
             *("--config", settings, "--no-functions-worker", "--no-stream-storage"),
             *("--metadata-dir", self._data / "metadata"),
@@ -108,8 +126,9 @@ class Pulsar:
             "managedLedgerNewEntriesCheckDelayInMillis": 0,
             "transactionCoordinatorEnabled": "false",
             "allowAutoTopicCreation": "false",
-            "systemTopicEnabled": "false",
-            "topicLevelPoliciesEnabled": "false",
+            # Each topic is kept as long as the catalogue says; the policies lie in a system topic.
+            "systemTopicEnabled": "true",
+            "topicLevelPoliciesEnabled": "true",
             # Readers hold no subscription, so retention alone keeps the data.
             "brokerDeleteInactiveTopicsEnabled": "false",
             "defaultRetentionTimeInMinutes": -1,

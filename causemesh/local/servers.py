@@ -12,8 +12,6 @@ import time
 from pathlib import Path
 from typing import Protocol
 
-import httpx
-
 from causemesh.catalogue import SERVICES
 from causemesh.errors import Fatal
 from causemesh.local import artefacts
@@ -22,9 +20,6 @@ from causemesh.local.process import ServerProcess
 
 HOST = "127.0.0.1"
 _SESSIONS_END_S = 20.0
-# The optimising compiler would take half of a server's processor time in its first minutes, from
-# the cores that the services share with it (measured: 4.2 s instead of 9.0 for a month of flights).
-_QUICK_COMPILER = "-XX:TieredStopAtLevel=1"
 _STILL_IN_USE = "pre-existing shared memory block"
 
 
@@ -46,119 +41,6 @@ def port_open(port: int) -> bool:
     with socket.socket() as probe:
         probe.settimeout(0.5)
         return probe.connect_ex((HOST, port)) == 0
-
-
-class Kafka:
-    """A one-node Kafka in KRaft mode."""
-
-    def __init__(self, home: Path, port: int, controller_port: int) -> None:
-        self.port = port
-        self._controller_port = controller_port
-        self._data = home / "kafka"
-        self.process = ServerProcess("kafka", home)
-
-    def start(self, progress: Progress) -> None:
-        """See `Server.start`."""
-        jars = artefacts.kafka_jars(progress)
-        run: list[str | Path] = [
-            artefacts.java(),
-            "-Xmx512m",
-            "-Xms256m",
-            "-XX:+UseSerialGC",
-            _QUICK_COMPILER,
-            f"-Dkafka.logs.dir={self.process.home / 'logs'}",
-            "-cp",
-            ":".join(map(str, jars)),
-        ]
-        settings = self._settings()
-        if not (self._data / "log" / "meta.properties").exists():
-            progress("kafka", "formatting its storage")
-            self._format(run, settings)
-        progress("kafka", "starting")
-        self.process.start([*run, "kafka.Kafka", settings])
-        self.process.wait_ready(lambda: port_open(self.port), 60)
-
-    def stop(self) -> None:
-        """See `Server.stop`."""
-        self.process.stop()
-
-    def _format(self, run: list[str | Path], settings: Path) -> None:
-        tool: list[str | Path] = [
-            "kafka.tools.StorageTool",
-            "format",
-            "-t",
-            "Y2F1c2VtZXNoLWxvY2FsMA",
-            "-c",
-            settings,
-        ]
-        done = subprocess.run([*run, *tool], capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise Fatal(f"Kafka's storage could not be formatted:\n{done.stdout}{done.stderr}")
-
-    def _settings(self) -> Path:
-        settings = {
-            "process.roles": "broker,controller",
-            "node.id": 1,
-            "controller.quorum.voters": f"1@{HOST}:{self._controller_port}",
-            "listeners": f"PLAINTEXT://{HOST}:{self.port},CONTROLLER://{HOST}:{self._controller_port}",
-            "advertised.listeners": f"PLAINTEXT://{HOST}:{self.port}",
-            "controller.listener.names": "CONTROLLER",
-            "listener.security.protocol.map": "CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT",
-            "log.dirs": self._data / "log",
-            "auto.create.topics.enable": "false",
-            "offsets.topic.num.partitions": 4,
-            "offsets.topic.replication.factor": 1,
-            "transaction.state.log.replication.factor": 1,
-            "transaction.state.log.min.isr": 1,
-            "share.coordinator.state.topic.replication.factor": 1,
-            "share.coordinator.state.topic.min.isr": 1,
-            "default.replication.factor": 1,
-            "message.max.bytes": 2 << 20,
-            "group.initial.rebalance.delay.ms": 0,
-            "group.min.session.timeout.ms": 1000,
-        }
-        self._data.mkdir(parents=True, exist_ok=True)
-        path = self._data / "server.properties"
-        path.write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
-        return path
-
-
-class Registry:
-    """Apicurio Registry with its Confluent API, stored in an H2 file."""
-
-    def __init__(self, home: Path, port: int, management_port: int) -> None:
-        self.port = port
-        data = home / "registry"
-        data.mkdir(parents=True, exist_ok=True)
-        environment = {
-            "QUARKUS_HTTP_HOST": HOST,
-            "QUARKUS_HTTP_PORT": str(port),
-            "QUARKUS_MANAGEMENT_HOST": HOST,
-            "QUARKUS_MANAGEMENT_PORT": str(management_port),
-            "APICURIO_STORAGE_KIND": "sql",
-            "APICURIO_STORAGE_SQL_KIND": "h2",
-            "APICURIO_DATASOURCE_URL": f"jdbc:h2:file:{data.resolve()}/registry",
-        }
-        self.process = ServerProcess("registry", home, environment)
-
-    def start(self, progress: Progress) -> None:
-        """See `Server.start`."""
-        folder = artefacts.registry_home(progress)
-        progress("registry", "starting")
-        run: list[str | Path] = [artefacts.java(), "-Xmx256m", _QUICK_COMPILER]
-        self.process.start([*run, "-jar", folder / "quarkus-run.jar"])
-        self.process.wait_ready(self._answers, 90)
-
-    def stop(self) -> None:
-        """See `Server.stop`."""
-        self.process.stop()
-
-    def _answers(self) -> bool:
-        try:
-            answer = httpx.get(f"http://{HOST}:{self.port}/apis/ccompat/v7/subjects", timeout=2)
-        except httpx.TransportError:
-            return False
-        return answer.status_code == 200
 
 
 class Postgres:

@@ -6,6 +6,7 @@ TEST_COMPOSE_BUS (kafka or pulsar) chooses the broker.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import time
 import uuid
@@ -22,7 +23,7 @@ import yaml
 from causemesh.catalogue import SERVICES
 from causemesh.cli.context import Connections, connections
 from causemesh.client import connect
-from examples.flights import checking, model, probing, training
+from examples.flights import asking, checking, model, probing, training
 from examples.flights.dataset import Defects, Replay, load, slices, with_defects
 from examples.flights.following import Outcomes
 from examples.flights.waiting import Waiting
@@ -64,6 +65,7 @@ class Told:
 
     replay: Replay
     defects: Defects
+    repeats: Defects
     outcomes: pl.DataFrame
     reasons: dict[str, int]
     dead: dict[str, int]
@@ -103,8 +105,9 @@ async def _told(containers: Containers, home: Path, replay: Replay, defects: Def
         print(f"\n{replay.requests.height} requests in {time.monotonic() - began:.0f} s")
         reasons = await _counts(open_to, "ingest.rejects.v1")
         dead = await _counts(open_to, "mesh.deadletters.v1")
+        repeats = await asking.repeats(open_to, replay.frames, defects)
     invoices = invoices_of(containers)
-    return Told(replay, defects, outcomes.frame, reasons, dead, invoices)
+    return Told(replay, defects, repeats, outcomes.frame, reasons, dead, invoices)
 
 
 async def _counts(open_to: Connections, topic: str) -> dict[str, int]:
@@ -124,9 +127,11 @@ def invoices_of(containers: Containers) -> list[dict[str, Any]]:
 def test_every_request_has_one_outcome_and_the_door_refused_the_defects(told: Told) -> None:
     check = checking.every_request_has_one_outcome(told.replay, told.outcomes)
     assert check.passed, check.detail
-    check = checking.rejects_are_the_defects(told.reasons, told.defects)
+    check = checking.rejects_are_the_defects(told.reasons, told.defects, told.repeats)
     assert check.passed, check.detail
     assert told.reasons
+    one_less = {reason: count - 1 for reason, count in told.reasons.items()}
+    assert not checking.rejects_are_the_defects(one_less, told.defects, told.repeats).passed
     assert told.dead == {}
     lost = checking.every_request_has_one_outcome(told.replay, told.outcomes[1:])
     assert not lost.passed
@@ -155,6 +160,37 @@ def test_a_charged_line_is_proven_from_the_log(containers: Containers, told: Tol
         recount = api.post("/v1/recount", params={"period": PERIOD}, timeout=300.0).json()
     assert proof["equal"] is True, proof
     assert recount["equal"] is True, recount
+
+
+def test_the_command_line_traces_a_line_to_its_events(containers: Containers, told: Told) -> None:
+    line = charged(told.invoices)[0]
+    inside = ("--profile", "cli", "run", "--rm", "-T", "--no-deps")
+    words = ("cli", "trace", line["line_id"], "--verify", "--json")
+    document = json.loads(last_line(containers.compose(*inside, *words)))
+    assert document["equal"] is True
+    (vector,) = [one for one in steps(document["tree"]) if one["title"] == "vector"][:1]
+    assert vector["equal_to_recomputed"] is True
+    events = [one["title"] for one in steps(vector) if one["title"].startswith("events.")]
+    assert events
+    behind = containers.compose(*inside, "cli", "lag", "--json")
+    assert {row["group"].split("-")[0] for row in json.loads(last_line(behind))} >= {"billing"}
+    nowhere = ("-e", "CAUSEMESH_SERVICE_URL=http://127.0.0.1:{port}")
+    refused = containers.compose(*inside, *nowhere, *words, check=False)
+    assert "a service does not answer" in refused
+    unknown = containers.compose(*inside, "cli", "trace", "no-such-id", check=False)
+    assert "no record of the log carries the id 'no-such-id'" in unknown
+
+
+def last_line(printed: str) -> str:
+    """What a command printed, without what compose says of its container before."""
+    return printed.strip().splitlines()[-1]
+
+
+def steps(step: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A step of a trace and all below it."""
+    yield step
+    for below in step["below"]:
+        yield from steps(below)
 
 
 async def test_predictions_are_answered_over_rest(containers: Containers, told: Told) -> None:

@@ -24,7 +24,7 @@ from causemesh.settings import API_PORTS, ServiceSettings
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-ONCE = {"provision", "databases"}
+ONCE = {"provision", "databases", "cli"}
 # Their images hold no shell and no client that a health check could run.
 BARE = {"collector", "tempo", "loki"}
 Document = dict[str, Any]
@@ -199,6 +199,7 @@ def test_brokers_and_extras_are_profiles() -> None:
     assert profiles.pop("kafka") == ["kafka"]
     assert profiles.pop("pulsar") == ["pulsar"]
     assert profiles.pop("stripe") == ["stand-in"]
+    assert profiles.pop("cli") == ["cli"]
     assert {tuple(one) for one in profiles.values()} == {("observability",)}
     assert profiles.keys() == {"prometheus", "alertmanager", "grafana", *BARE}
 

@@ -9,15 +9,18 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import httpx
 import pytest
+from aiokafka import TopicPartition as KafkaPartition
+from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 from aiokafka.conn import create_conn
 
-from causemesh.bus.base import BEFORE_FIRST, Bus, Outbound
+from causemesh.bus.base import BEFORE_FIRST, Bus, Outbound, Reader
 from causemesh.bus.kafka import KafkaBus
 from causemesh.bus.memory import MemoryBus
 from causemesh.bus.pulsar import PulsarBus
 from causemesh.catalogue import Topic
-from causemesh.errors import Misdeclared, Retryable
+from causemesh.errors import Fatal, Misdeclared, Retryable
 
 PARTITIONS = 4
 
@@ -93,6 +96,71 @@ async def test_reading_goes_on_behind_a_stored_position(bus: Bus, topic: str) ->
     for at in (0, 7, 18):
         rest = await read(bus, {(topic, 0): everything[at][0]}, 19 - at)
         assert rest[(topic, 0)] == everything[at + 1 :]
+
+
+async def _forget_on_kafka(bootstrap: str, topic: str, upto: int) -> None:
+    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
+    await admin.start()
+    await admin.delete_records({KafkaPartition(topic, 0): RecordsToDelete(upto + 1)})
+    await admin.close()
+
+
+def _pulsar_partition(admin_url: str, topic: str) -> httpx.AsyncClient:
+    base = f"{admin_url}/admin/v2/persistent/public/default/{topic}-partition-0/"
+    return httpx.AsyncClient(base_url=base, timeout=20)
+
+
+async def _end_of_a_ledger(admin_url: str, topic: str) -> None:
+    """Pulsar deletes whole ledgers: what is written from here on lies in another one."""
+    async with _pulsar_partition(admin_url, topic) as http:
+        (await http.put("unload")).raise_for_status()
+
+
+async def _forget_on_pulsar(admin_url: str, topic: str) -> None:
+    """Delete every ledger but the one that is written."""
+    async with _pulsar_partition(admin_url, topic) as http, asyncio.timeout(20):
+        (await http.delete("truncate")).raise_for_status()
+        while len((await http.get("internalStats")).json()["ledgers"]) > 1:  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
+
+
+async def _first_batch(reader: Reader) -> None:
+    async with asyncio.timeout(20):
+        while not await reader.fetch(10, 0.5):
+            pass
+
+
+@pytest.mark.parametrize("broker", _SERVED)
+async def test_a_stored_position_that_was_deleted_is_noticed(
+    broker: str, request: pytest.FixtureRequest
+) -> None:
+    """By a reader from there; not by one from what is left, or from the start."""
+    endpoints = request.getfixturevalue("pulsar" if broker == "pulsar" else "cluster")
+    bus: Bus = KafkaBus(endpoints.kafka_bootstrap)
+    if broker == "pulsar":
+        bus = PulsarBus(endpoints.pulsar_url, endpoints.pulsar_admin_url)
+    topic, admin = f"conformance.{uuid.uuid4().hex}", bus.admin()
+    await admin.ensure([declared(topic, 1)])
+    source = (topic, 0)
+    await write(bus, topic, 0, [b"0", b"1", b"2"])
+    old = (await read(bus, {source: BEFORE_FIRST}, 3))[source]
+    if broker == "pulsar":
+        await _end_of_a_ledger(endpoints.pulsar_admin_url, topic)
+    await write(bus, topic, 0, [b"3", b"4"])
+    left = (await read(bus, {source: old[2][0]}, 2))[source]
+    assert [value for _, value in left] == [b"3", b"4"]
+    if broker == "pulsar":
+        await _forget_on_pulsar(endpoints.pulsar_admin_url, topic)
+    else:
+        await _forget_on_kafka(endpoints.kafka_bootstrap, topic, old[2][0])
+    reader = bus.reader({source: old[0][0]})
+    with pytest.raises(Fatal, match="the log no longer holds the stored position"):
+        await _first_batch(reader)
+    await reader.close()
+    assert (await read(bus, {source: left[0][0]}, 1))[source] == left[1:]
+    assert (await read(bus, {source: BEFORE_FIRST}, 2))[source] == left
+    for one in (admin, bus):
+        await one.close()
 
 
 async def test_a_reader_takes_only_its_partitions(bus: Bus, topic: str) -> None:

@@ -157,6 +157,21 @@ async def test_a_batch_larger_than_asked_for_comes_in_parts(bus: KafkaBus, topic
     await reader.close()
 
 
+async def test_blocks_are_not_cut_at_the_end_of_a_unit(bus: KafkaBus, topic: str) -> None:
+    producer = bus.producer("reader")
+    for _ in range(5):
+        await producer.send([Outbound(topic, 0, [b"k"] * 40, [b"v"] * 40)])
+    await producer.close()
+    reader = bus.reader(everywhere(topic))
+    parts: list[int] = []
+    while sum(parts) < 200:
+        for raw in await reader.fetch(100, 5.0):
+            parts.append(len(raw))
+            assert all(block.payload for block in raw.blocks)
+    assert max(parts) <= 120
+    await reader.close()
+
+
 async def test_what_was_asked_for_and_is_gone_is_told(bus: KafkaBus, topic: str) -> None:
     reader = bus.reader({(topic, 0): 1_000})
     with pytest.raises(Fatal, match="no longer holds the stored position 1000"):

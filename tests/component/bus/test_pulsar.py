@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from dataclasses import replace
 
 import pytest
 
 from causemesh.bus.base import BEFORE_FIRST, Outbound
 from causemesh.bus.pulsar import PulsarBus, PulsarProducer
+from causemesh.catalogue import Catalogue, Topic
 from causemesh.local import Endpoints
 
 pytestmark = pytest.mark.servers
@@ -67,4 +69,26 @@ async def test_stored_positions_are_gone_on_from_in_and_between_batches(
     assert (await admin.ends([topic]))[(topic, 0)] == positions[values[-1]]
     assert len({at >> 12 for at in positions.values()}) == 6 // together
     for one in (producer, admin, bus):
+        await one.close()
+
+
+async def test_topics_are_kept_as_long_as_the_catalogue_says(pulsar: Endpoints) -> None:
+    """Also when it changes; a topic of states, whose newest must stay, for ever."""
+    bus = PulsarBus(pulsar.pulsar_url, pulsar.pulsar_admin_url)
+    admin = bus.admin()
+    core = Catalogue.load(partitions=1)
+    name = uuid.uuid4().hex
+    fact = replace(core.topic("ingest.rejects.v1"), name=f"fact.{name}", retention_days=35)
+    state = replace(fact, name=f"state.{name}", form="state")
+
+    async def kept(topic: Topic) -> int:
+        answer = await admin.ask("GET", f"{topic.name}/retention")
+        assert answer.json()["retentionSizeInMB"] == -1
+        return int(answer.json()["retentionTimeInMinutes"])
+
+    await admin.ensure([fact, state])
+    assert [await kept(fact), await kept(state)] == [35 * 24 * 60, -1]
+    await admin.ensure([replace(fact, retention_days=7), state])
+    assert [await kept(fact), await kept(state)] == [7 * 24 * 60, -1]
+    for one in (admin, bus):
         await one.close()

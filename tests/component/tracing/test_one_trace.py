@@ -20,7 +20,8 @@ import pytest
 import yaml
 from onnx import TensorProto, helper
 
-from causemesh.bus.kafka import KafkaBus
+from causemesh.bus.base import Bus
+from causemesh.bus.opening import open_bus
 from causemesh.catalogue import Catalogue
 from causemesh.client import Client
 from causemesh.codec.registry import HttpRegistry
@@ -28,18 +29,23 @@ from causemesh.errors import Retryable
 from causemesh.local import Cluster, Endpoints
 from causemesh.local.mesh import Mesh
 from causemesh.local.ports import choose_ports
-from causemesh.settings import API_PORTS
+from causemesh.settings import API_PORTS, BusName, ServiceSettings
 from tests.component.tracing.receiver import Received, Receiver, receiving
 from tests.unit.kit.test_spans_sending import known_attributes
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(600)]
 HOME = Path(".causemesh-test-tracing")
 ROOT = Path(__file__).parents[3]
-SERVERS = ("kafka", "registry", "postgres", "triton", "stripe")
+SERVERS = ("registry", "postgres", "triton", "stripe")
 SERVICES = ("ingest", "features", "inference", "billing")
 EVENT, REQUEST, CALLER = "e" * 32, "f" * 32, "00f067aa0ba902b7"
 UNSAMPLED = "d" * 32
-PORTS = ("kafka", "kafka_controller", "registry", "registry_management", "postgres", "triton")
+PORTS = (
+    *("kafka", "kafka_controller", "pulsar", "pulsar_web", "pulsar_bookie", "postgres"),
+    *("registry", "registry_management", "triton", "triton_metrics", "stripe"),
+)
+OFFSET = {"kafka": "messaging.kafka.offset", "pulsar": "causemesh.position"}
+"""The attribute that says where a record lies."""
 BILLING = {
     "currency": "usd",
     "grace_hours": 6,
@@ -95,26 +101,35 @@ async def until(condition: Any, timeout_s: float = 60) -> Any:
     return answer
 
 
+@pytest.fixture(scope="module", params=["kafka", "pulsar"])
+def broker(request: pytest.FixtureRequest) -> BusName:
+    found: BusName = request.param
+    return found
+
+
 @pytest.fixture(scope="module")
-def receiver() -> Iterator[Receiver]:
+def receiver(broker: BusName) -> Iterator[Receiver]:
     with receiving() as made:
         yield made
 
 
 @pytest.fixture(scope="module")
-def mesh(receiver: Receiver, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mesh]:
+def mesh(
+    broker: BusName, receiver: Receiver, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Mesh]:
     """Servers and services of their own: event time and months are this test's alone."""
     shutil.rmtree(HOME, ignore_errors=True)
     HOME.mkdir()
-    choose_ports(HOME / "ports.json", dict.fromkeys([*PORTS, "triton_metrics", "stripe"], 0))
+    choose_ports(HOME / "ports.json", dict.fromkeys(PORTS, 0))
     choose_ports(HOME / "service-ports.json", dict.fromkeys(API_PORTS, 0))
-    servers = Cluster(HOME, SERVERS)
+    servers = Cluster(HOME, [broker, *SERVERS])
     try:
         endpoints = servers.up()
         folder = project(tmp_path_factory.mktemp("tracing") / "project")
-        asyncio.run(create_topics(endpoints, folder))
+        asyncio.run(create_topics(endpoints, broker, folder))
         made = Mesh(HOME, endpoints, folder, SERVICES)
         made.extra = {
+            "CAUSEMESH_BUS": broker,
             "CAUSEMESH_OTLP_ENDPOINT": receiver.url,
             "CAUSEMESH_TRACE_RATIO": "0",
             "CAUSEMESH_CLOSE_POLL_S": "0.2",
@@ -130,10 +145,21 @@ def mesh(receiver: Receiver, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         servers.down()
 
 
-async def create_topics(endpoints: Endpoints, folder: Path) -> None:
+def bus_of(endpoints: Endpoints, broker: BusName) -> Bus:
+    return open_bus(
+        ServiceSettings(
+            bus=broker,
+            kafka_bootstrap=endpoints.kafka_bootstrap,
+            pulsar_url=endpoints.pulsar_url,
+            pulsar_admin_url=endpoints.pulsar_admin_url,
+        )
+    )
+
+
+async def create_topics(endpoints: Endpoints, broker: BusName, folder: Path) -> None:
     """Before the services start: a member that joins while topics are made is assigned none."""
     catalogue = Catalogue.load([folder])
-    admin = KafkaBus(endpoints.kafka_bootstrap).admin()
+    admin = bus_of(endpoints, broker).admin()
     await admin.ensure(list(catalogue.topics.values()))
 
     async def told() -> bool:
@@ -149,7 +175,7 @@ async def create_topics(endpoints: Endpoints, folder: Path) -> None:
 class Caller:
     """A user of the mesh who traces some of what they do."""
 
-    def __init__(self, mesh: Mesh, receiver: Receiver) -> None:
+    def __init__(self, mesh: Mesh, broker: BusName, receiver: Receiver) -> None:
         headers = {"Authorization": f"Bearer {mesh.token}"}
         self.receiver = receiver
         self.api = {
@@ -157,7 +183,7 @@ class Caller:
             for name in SERVICES
         }
         environment = mesh.environment()
-        self.bus = KafkaBus(environment["CAUSEMESH_KAFKA_BOOTSTRAP"])
+        self.bus = bus_of(Cluster(mesh.home).endpoints, broker)
         self.registry = HttpRegistry(environment["CAUSEMESH_REGISTRY_URL"])
         self.producer = self.bus.producer("caller")
         catalogue = Catalogue.load([Path(environment["CAUSEMESH_PROJECT"])])
@@ -267,9 +293,9 @@ class Told:
         return found
 
 
-async def story(mesh: Mesh, receiver: Receiver) -> Told:
+async def story(mesh: Mesh, broker: BusName, receiver: Receiver) -> Told:
     """Traced and untraced calls, then the month's invoice."""
-    caller = Caller(mesh, receiver)
+    caller = Caller(mesh, broker, receiver)
     await caller.register()
     await caller.event(1, f"00-{EVENT}-{CALLER}-01")
     # The tenant is met by a traced record, so that telling its entitlement is part of the trace.
@@ -290,8 +316,8 @@ async def story(mesh: Mesh, receiver: Receiver) -> Told:
 
 
 @pytest.fixture(scope="module")
-def told(mesh: Mesh, receiver: Receiver) -> Told:
-    return asyncio.run(story(mesh, receiver))
+def told(mesh: Mesh, broker: BusName, receiver: Receiver) -> Told:
+    return asyncio.run(story(mesh, broker, receiver))
 
 
 def edges(spans: list[Received]) -> set[Edge]:
@@ -368,16 +394,16 @@ def test_what_no_caller_traces_has_no_span(told: Told, receiver: Receiver) -> No
     assert len({span.span_id for span in told.spans}) == len(told.spans)
 
 
-def test_attributes_are_those_of_the_semantic_conventions(told: Told) -> None:
+def test_attributes_are_those_of_the_semantic_conventions(told: Told, broker: BusName) -> None:
     used = {name for span in told.spans for name in span.attributes}
     assert {
         name for name in used - known_attributes() if not name.startswith("causemesh.")
     } == set()
     task = told.one(REQUEST, "inference", "process inference.tasks.realtime.v1").attributes
-    assert isinstance(task.pop("messaging.kafka.offset"), int)
+    assert isinstance(task.pop(OFFSET[broker]), int)
     assert task.pop("messaging.destination.partition.id") in {"0", "1", "2", "3"}
     assert task == {
-        "messaging.system": "kafka",
+        "messaging.system": broker,
         "messaging.destination.name": "inference.tasks.realtime.v1",
         "messaging.operation.name": "process",
         "messaging.operation.type": "process",

@@ -14,7 +14,9 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from causemesh import cli
+from causemesh.catalogue import SERVICES
 from causemesh.cli.app import app
+from causemesh.cli.context import apis_at
 from causemesh.cli.following import read_rows
 from causemesh.cli.output import Output, cell, readable
 from causemesh.cli.tracing import Step, Traced, show
@@ -73,6 +75,21 @@ def test_an_unknown_home_is_one_line_and_status_1(
     assert "\n" not in code
     assert out == ""
     assert not home.exists()
+
+
+def test_without_a_local_mesh_the_environment_says_where_the_services_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CAUSEMESH_API_TOKEN", "a-token-of-elsewhere")
+    apis = apis_at(tmp_path / "nowhere")
+    assert apis.services == SERVICES
+    with apis.client("billing") as api:
+        assert api.base_url == "http://127.0.0.1:8105"
+        assert api.headers["authorization"] == "Bearer a-token-of-elsewhere"
+    monkeypatch.setenv("CAUSEMESH_SERVICE_URL", "https://{service}.mesh.example/api")
+    with apis_at(tmp_path / "nowhere").client("drift") as api:
+        assert api.base_url == "https://drift.mesh.example/api/"
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_a_mesh_that_was_stopped_is_one_line_too(

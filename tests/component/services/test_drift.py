@@ -82,7 +82,18 @@ class PrivateReader:
 
     async def fetch(self, max_records: int, max_wait_s: float) -> list[RawBatch]:
         raws = await self._reader.fetch(max_records, max_wait_s)
-        return [replace(raw, topic=raw.topic.removesuffix(self._suffix)) for raw in raws]
+        return [self._renamed(raw) for raw in raws]
+
+    def _renamed(self, raw: RawBatch) -> RawBatch:
+        return RawBatch(
+            raw.topic.removesuffix(self._suffix),
+            raw.partition,
+            raw.positions,
+            raw.keys,
+            raw.values,
+            raw.appended_at_us,
+            raw.traceparents,
+        )
 
 
 class PrivateProducer:

@@ -59,6 +59,12 @@ async def raw_count(outside: Outside, tenant: str) -> int:
     return count
 
 
+_END_OTHERS = sa.text(
+    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+    " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+)
+
+
 async def killed_in_a_unit(outside: Outside, cluster: Endpoints, tenant: str, start: int) -> bool:
     """Send a chunk while no position can be stored; kill -9 once some of it was passed on.
 
@@ -73,6 +79,8 @@ async def killed_in_a_unit(outside: Outside, cluster: Endpoints, tenant: str, st
             for _ in range(10):
                 if await raw_count(outside, tenant) > before:
                     outside.mesh.kill("ingest")
+                    # Postgres would still store the position of a client that is gone.
+                    await blocker.execute(_END_OTHERS)
                     return True
                 await asyncio.sleep(0.1)
             return False

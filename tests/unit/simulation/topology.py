@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from causemesh.bus.base import Outbound
+from causemesh.bus.base import Outbound, RawBatch
 from causemesh.bus.memory import MemoryBus, Step
 from causemesh.catalogue import WATERMARK, Catalogue, Topic
 from causemesh.codec.base import Decoded
@@ -96,6 +96,9 @@ class PickleCodec:
         schema = {field["name"]: _DTYPES[field["name"]] for field in reader["fields"]}
         frame = pl.DataFrame(rows, schema=schema, orient="row")
         return Decoded(frame, np.array(good, dtype=np.int64), {}, foreign)
+
+    async def decode_log(self, raw: RawBatch, reader: Mapping[str, Any]) -> Decoded:
+        return await self.decode(raw.values, reader)
 
     async def encoder(self, subject: str, schema: Mapping[str, Any]) -> _PickleEncoder:
         return _PickleEncoder(schema["name"])

@@ -81,9 +81,13 @@ class FeatureStore:
         """
         self.check(feature_names)
         out = np.empty((requests.height, len(feature_names)), np.float32)
+        keys: dict[tuple[str, tuple[str, ...]], pl.Series] = {}
         for name, wanted in self._by_view(feature_names).items():
             state = self.views[name]
-            rows = state.index.find(_request_keys(requests, state.view))
+            keyed_by = (state.view.scope, state.view.request_entity)
+            if keyed_by not in keys:  # views of one entity share its key
+                keys[keyed_by] = _request_keys(requests, state.view)
+            rows = state.index.find(keys[keyed_by])
             answer = state.answer_rows(rows, as_of_us, chunk.get(name, ()) if chunk else ())
             for column, place in wanted:
                 out[:, column] = answer[:, place]

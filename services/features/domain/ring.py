@@ -189,12 +189,15 @@ class TileRing:
                 inside = age[found, None] < spans[:count]
                 out[found, :count, place] = np.where(inside[:, :, None], newest[:, None], NEVER)
             for window in range(shared, len(spans)):
-                chosen = has & _inside(extents, window, self._tiles)
-                found = np.flatnonzero(chosen.any(axis=1))
-                part = chosen[found]
-                age = part.argmax(axis=1)
+                if window < count:
+                    chosen = has[:, : spans[window]]
+                else:
+                    chosen = has & _inside(extents, window, self._tiles)
+                age = chosen.argmax(axis=1)
                 if sign < 0:
-                    age = self._tiles - 1 - part[:, ::-1].argmax(axis=1)
+                    age = chosen.shape[1] - 1 - chosen[:, ::-1].argmax(axis=1)
+                found = np.flatnonzero(chosen[np.arange(len(age)), age])
+                age = age[found]
                 out[found, window, place] = self._data.lasts[slots[found, age], place]
         return out
 

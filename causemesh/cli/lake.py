@@ -80,11 +80,11 @@ def sql(
 ) -> None:
     """Ask the tables a question in SQL (DuckDB): raw.x, decoded.x and curated.x, read in place."""
     require_libraries()
-    from causemesh.lake.sql import query  # noqa: PLC0415 - an extra
+    from causemesh.lake.sql import query, rows_of  # noqa: PLC0415 - an extra
 
     with lake_at(home) as lake:
         answer = query(lake, statement, at=at.replace(tzinfo=UTC) if at else None)
-    Output(as_json=as_json).rows("Answer", answer.to_pylist())
+    Output(as_json=as_json).rows("Answer", rows_of(answer))
 
 
 @app.command()

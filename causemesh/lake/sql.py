@@ -7,6 +7,8 @@ and day that it holds, so a query that names those opens no other files.
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any
 
 import duckdb
 import pyarrow as pa
@@ -42,6 +44,16 @@ def query(lake: Lake, text: str, *, at: datetime | None = None) -> pa.Table:
             return connection.sql(text).to_arrow_table()
         except duckdb.Error as error:
             raise Misdeclared(f"{error}") from None
+
+
+def rows_of(answer: pa.Table) -> list[dict[str, Any]]:
+    """An answer's rows, whole decimals as integers: DuckDB's sum of integers is one."""
+    return [{name: _number(value) for name, value in row.items()} for row in answer.to_pylist()]
+
+
+def _number(value: Any) -> Any:
+    whole = isinstance(value, Decimal) and value == value.to_integral_value()
+    return int(value) if whole else value
 
 
 def dataset(table: Table, at: datetime | None = None) -> ds.Dataset | None:

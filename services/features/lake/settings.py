@@ -17,7 +17,7 @@ class LakeWriterSettings(ServiceSettings):
         default=200_000, ge=1, description="So many records of a table are committed at once."
     )
     lake_commit_bytes: int = Field(
-        default=128 << 20, ge=1 << 20, description="Or so many bytes of them in memory."
+        default=128 << 20, ge=1 << 20, description="Or so many bytes of all tables in memory."
     )
     lake_position_seconds: float = Field(
         default=600.0,

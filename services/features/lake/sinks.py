@@ -29,12 +29,20 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Refusal:
+    """Rows that were written under `epoch` and are not in the table: a later claim has their
+    partition (`replaced`), or they do not begin where the table ends."""
+
+    epoch: int
+    replaced: bool
+
+
+@dataclass(frozen=True)
 class Flushed:
-    """What a commit did: how many rows, and which partitions were refused, with the epoch that
-    they were written under."""
+    """What a commit did: how many rows, and the partitions that were refused."""
 
     rows: int = 0
-    refused: Mapping[int, int] = field(default_factory=dict)
+    refused: Mapping[int, Refusal] = field(default_factory=dict)
 
 
 class Writing:
@@ -52,15 +60,16 @@ class Writing:
         self._behind: dict[int, int] | None = None
         self._written_us = 0
         self.rows = 0
-        self.refused: dict[int, int] = {}
+        self.refused: dict[int, Refusal] = {}
 
     def decide(self, table: Table, progress: TableProgress) -> Change | None:
         """See `commits.Decide`."""
         self.refused, behind = {}, {}
         for number, part in self._taken.items():
             stored = progress.of(number)
-            if stored.epoch > part.progress.epoch or stored.position < part.after:
-                self.refused[number] = part.progress.epoch
+            replaced = stored.epoch > part.progress.epoch
+            if replaced or stored.position < part.after:
+                self.refused[number] = Refusal(part.progress.epoch, replaced)
             elif part.progress.position > stored.position:
                 behind[number] = stored.position
         if not behind:
@@ -107,6 +116,12 @@ class Sink:
         self._since = clock.monotonic()
         self.rows = 0
         self.size_bytes = 0
+        self._taken_bytes = 0
+
+    @property
+    def held_bytes(self) -> int:
+        """What it holds in memory, rows in a commit included."""
+        return self.size_bytes + self._taken_bytes
 
     @property
     def waits_s(self) -> float:
@@ -143,6 +158,7 @@ class Sink:
         if not self._taken:
             self._taken, self._parts = self._parts, {}
             self._since = self._clock.monotonic()
+            self._taken_bytes = self.size_bytes
             self.rows = self.size_bytes = 0
         return bool(self._taken)
 
@@ -153,7 +169,7 @@ class Sink:
         writing = self.writing(self._taken, self._clock)
         commit(self._catalog, self.definition.identifier, writing.decide)
         reach(Point.LAKE_COMMITTED)
-        self._taken = {}
+        self._taken, self._taken_bytes = {}, 0
         return Flushed(writing.rows, writing.refused)
 
     def prepare(self) -> None:

@@ -30,18 +30,18 @@ from causemesh.lake.progress import PartitionProgress
 from causemesh.lake.rows import table_columns
 from causemesh.positions import Checkpoint, Claim, Unit
 from services.features.lake.claims import Claims
-from services.features.lake.sinks import Flushed, Part, Sink
+from services.features.lake.sinks import Flushed, Part, Refusal, Sink
 from services.features.lake.writing import Written
 
 _log = structlog.get_logger(__name__)
 _LOOK_S = 0.1
-_FULL = 2  # so many commits' worth of rows may wait; then the workers do
+_FULL = 2  # with so many times the rows or bytes of a commit in memory, the workers wait
 
 
 @dataclass(frozen=True)
 class FlushLimits:
-    """When rows are committed: after so many seconds, rows or bytes of a table. `position_s` is
-    for a position that moved without rows."""
+    """When rows are committed: a table's after so many seconds or rows; the largest table's once
+    all together hold so many bytes. `position_s` is for a position that moved without rows."""
 
     seconds: float = 30.0
     rows: int = 200_000
@@ -87,7 +87,7 @@ class LakeStore:
         }
         self._one = asyncio.Lock()
         self._staged: dict[tuple[str, int], int] = {}
-        self._refused: dict[tuple[str, int], int] = {}  # by topic and partition: the epoch
+        self._refused: dict[tuple[str, int], Refusal] = {}
 
     async def claim(self, group: str, partition: int) -> tuple[Claim, Checkpoint | None]:
         """See `PositionStore.claim`: raises the epoch in every table of the group's topics."""
@@ -109,24 +109,35 @@ class LakeStore:
 
     @asynccontextmanager
     async def _unit(self, claim: Claim) -> AsyncIterator[Unit]:
-        topics = self._groups[claim.group]
-        sinks = [sink for topic in topics for sink in self._sinks[topic].values()]
-        while any(map(self._full, sinks)):
+        while self._full():
             await self._clock.sleep(_LOOK_S)
         self._check(claim)
         yield _LakeUnit(self, claim)
 
-    def _full(self, sink: Sink) -> bool:
-        limits = self._limits
-        return sink.rows >= _FULL * limits.rows or sink.size_bytes >= _FULL * limits.size_bytes
+    def _all(self) -> list[Sink]:
+        return [sink for sinks in self._sinks.values() for sink in sinks.values()]
+
+    def _full(self) -> bool:
+        limits, sinks = self._limits, self._all()
+        held = sum(sink.held_bytes for sink in sinks)
+        return held >= _FULL * limits.size_bytes or any(
+            sink.rows >= _FULL * limits.rows for sink in sinks
+        )
 
     def _check(self, claim: Claim) -> None:
+        """Raises Fenced when the claim was replaced, Retryable when a table was rolled back: then
+        the worker starts over from where the tables are."""
+        at = f"{claim.group}[{claim.partition}]"
         for topic in self._groups[claim.group]:
-            if self._refused.get((topic, claim.partition), -1) >= claim.epoch:
-                raise Fenced(f"{claim.group}[{claim.partition}]: epoch {claim.epoch} was replaced")
+            refusal = self._refused.get((topic, claim.partition))
+            if refusal is None or refusal.epoch < claim.epoch:
+                continue
+            if refusal.replaced:
+                raise Fenced(f"{at}: epoch {claim.epoch} was replaced")
+            raise Retryable(f"{at}: a table of {topic} was rolled back")
 
     def stage(self, claim: Claim, written: Written, checkpoint: Checkpoint) -> None:
-        """Let a unit's rows wait for their snapshots. Raises Fenced."""
+        """Let a unit's rows wait for their snapshots. Raises Fenced, Retryable."""
         self._check(claim)
         rows: dict[str, list[pl.DataFrame]] = {}
         for table, frame in written:
@@ -155,23 +166,24 @@ class LakeStore:
         """Commit what is due, until cancelled; a catalog that is away is waited for."""
         while True:
             pause_s = _LOOK_S
-            for topic, sinks in self._sinks.items():
-                if any(self._due(sink) for sink in sinks.values()):
-                    try:
-                        await self._flush(topic, all_of_it=False)
-                    except Retryable as error:
-                        _log.warning("lake_waits", topic=topic, reason=str(error))
-                        pause_s = max(pause_s, error.retry_after)
+            for topic in self._due_topics():
+                try:
+                    await self._flush(topic, all_of_it=False)
+                except Retryable as error:
+                    _log.warning("lake_waits", topic=topic, reason=str(error))
+                    pause_s = max(pause_s, error.retry_after)
             await self._clock.sleep(pause_s)
 
     def _due(self, sink: Sink) -> bool:
         limits = self._limits
         longest = limits.seconds if sink.holds_rows else limits.position_s
-        return (
-            sink.waits_s >= longest
-            or sink.rows >= limits.rows
-            or sink.size_bytes >= limits.size_bytes
-        )
+        return sink.waits_s >= longest or sink.rows >= limits.rows
+
+    def _due_topics(self) -> list[str]:
+        due = [topic for topic, sinks in self._sinks.items() if any(map(self._due, sinks.values()))]
+        if not due and sum(one.size_bytes for one in self._all()) >= self._limits.size_bytes:
+            due = [max(self._all(), key=lambda one: one.size_bytes).definition.topic]
+        return due
 
     async def flush(self) -> None:
         """Commit all that waits, as at the end of the process. Raises Retryable."""
@@ -191,10 +203,11 @@ class LakeStore:
 
     def _note(self, topic: str, sink: Sink, done: Flushed) -> None:
         table = sink.definition.identifier
-        for partition, epoch in done.refused.items():
-            source = (topic, partition)
-            self._refused[source] = max(self._refused.get(source, -1), epoch)
-            _log.info("lake_refused", table=table, partition=partition, epoch=epoch)
+        for partition, refusal in done.refused.items():
+            before = self._refused.get((topic, partition))
+            if before is None or before.epoch <= refusal.epoch:
+                self._refused[(topic, partition)] = refusal
+            _log.info("lake_refused", table=table, partition=partition, **vars(refusal))
         if self._outcomes is not None and done.rows:
             self._outcomes.labels(table, "written").inc(done.rows)
 

@@ -19,7 +19,7 @@ from causemesh.faultpoints import Point
 from causemesh.lake.definitions import table_name
 from causemesh.lake.reading import Lake
 from tests.component.lake.conftest import COUNT, produce
-from tests.component.lake.lake_writer import Plan
+from tests.component.lake.lake_writer import PARTITIONS, Plan
 
 pytestmark = pytest.mark.servers
 POINTS = [
@@ -60,26 +60,55 @@ def found(lake: Lake, plan: Plan) -> dict[str, list[str]]:
     return ids
 
 
-async def everything(plan: Plan, wanted: list[str] = ALL) -> dict[str, list[str]]:
-    """What the tables hold once every record came through, and then nothing new for a while."""
+def epoch(lake: Lake, plan: Plan) -> int:
+    """The least epoch of the partitions: above it once a later process has claimed them all."""
+    name = f"decoded.{table_name(plan.facts)}"
+    if name not in {definition.identifier for definition, _ in lake.tables()}:
+        return 0
+    progress = lake.progress(name)
+    return min(progress.of(number).epoch for number in range(PARTITIONS))
+
+
+def read_to_the_end(lake: Lake, plan: Plan, count: int) -> bool:
+    """Whether both tables say that they hold the whole topic."""
+    names = [f"{zone}.{table_name(plan.facts)}" for zone in TABLES]
+    return all(
+        lake.progress(name).of(number).position >= count // PARTITIONS - 1
+        for name in names
+        for number in range(PARTITIONS)
+    )
+
+
+async def everything(
+    plan: Plan, wanted: list[str] = ALL, after_epoch: int = 0
+) -> dict[str, list[str]]:
+    """What the tables hold once a process that claimed after `after_epoch` has read the topic to
+    its end and every record came through, and then nothing new for a while."""
     last: dict[str, list[str]] = {}
     with plan.lake() as lake:
         async with asyncio.timeout(90):
             while True:
                 now = await asyncio.to_thread(found, lake, plan)
-                if now == last and all(set(ids) == set(wanted) for ids in now.values()):
+                if (
+                    now == last
+                    and all(set(ids) == set(wanted) for ids in now.values())
+                    and epoch(lake, plan) > after_epoch
+                    and read_to_the_end(lake, plan, len(wanted))
+                ):
                     return now
                 last = now
                 await asyncio.sleep(0.7)
 
 
 async def killed_at(point: Point, plan: Plan, log: Path) -> dict[str, list[str]]:
-    """Kill at the second passing of a point, start again unarmed; what the tables hold then."""
+    """Kill at a passing of a point, start again unarmed; what the tables hold then."""
     count = 1 if point is Point.LAKE_CLAIMED else 2
     async with process(plan, log, f"{point}:kill:{count}") as child, asyncio.timeout(90):
         assert await child.wait() == -signal.SIGKILL, f"see {log}"
+    with plan.lake() as lake:
+        before = epoch(lake, plan)
     async with process(plan, log):
-        return await everything(plan)
+        return await everything(plan, after_epoch=before)
 
 
 @pytest.mark.parametrize("point", POINTS)
@@ -106,8 +135,10 @@ async def replaced_while_paused(plan: Plan, tmp_path: Path) -> tuple[dict[str, l
         async with asyncio.timeout(60):
             while state.status() != psutil.STATUS_STOPPED:  # noqa: ASYNC110 - polls a process
                 await asyncio.sleep(0.05)
+        with plan.lake() as lake:
+            before = epoch(lake, plan)
         async with process(plan, tmp_path / "next.log"):
-            await everything(plan)
+            await everything(plan, after_epoch=before)
             paused.send_signal(signal.SIGCONT)
             await asyncio.sleep(4.0)  # for what the first still has to do
             return await everything(plan), log.read_text()

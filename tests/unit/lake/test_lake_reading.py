@@ -23,7 +23,7 @@ from causemesh.lake.settings import LakeSettings, lake_settings
 from causemesh.lake.sql import dataset, query
 from tests.unit.lake.mesh import PREDICTIONS, LakeMesh
 
-SEMI = "decoded.inference_predictions_v1"
+DECODED = "decoded.inference_predictions_v1"
 SECOND, THIRD = datetime(2013, 1, 2, tzinfo=UTC), datetime(2013, 1, 3, tzinfo=UTC)
 FLIGHTS = Path(__file__).parents[3] / "examples" / "flights"
 
@@ -51,12 +51,12 @@ async def test_a_tenant_and_a_span_of_time_are_read_and_other_files_not(mesh: La
 
 async def test_a_selection_stays_as_it_was(mesh: LakeMesh) -> None:
     with mesh.lake() as lake:
-        chosen = lake.select(SEMI)
+        chosen = lake.select(DECODED)
         await mesh.predict(40, 4)
         await mesh.write_all()
         assert chosen.count() == 40
-        assert lake.select(SEMI, snapshot_id=chosen.snapshot_id).lazy().collect().height == 40
-        assert lake.select(SEMI).count() == 44
+        assert lake.select(DECODED, snapshot_id=chosen.snapshot_id).lazy().collect().height == 40
+        assert lake.select(DECODED).count() == 44
 
 
 async def test_names_that_are_not_there_say_so(mesh: LakeMesh) -> None:
@@ -66,7 +66,7 @@ async def test_names_that_are_not_there_say_so(mesh: LakeMesh) -> None:
         with pytest.raises(Misdeclared, match="nothing was written to it"):
             lake.select("raw.inference_predictions_v1")
         with pytest.raises(Misdeclared, match="no snapshot 7"):
-            lake.select(SEMI, snapshot_id=7)
+            lake.select(DECODED, snapshot_id=7)
 
 
 async def test_sql_reads_every_zone_and_the_past(mesh: LakeMesh) -> None:
@@ -74,7 +74,7 @@ async def test_sql_reads_every_zone_and_the_past(mesh: LakeMesh) -> None:
         joined = query(
             lake,
             "SELECT s.tenant_id, count(*) AS n, sum(c.likely) AS likely"
-            f" FROM {SEMI} s JOIN curated.predictions c USING (request_id)"
+            f" FROM {DECODED} s JOIN curated.predictions c USING (request_id)"
             " WHERE s.tenant_id = 't1' GROUP BY ALL",
         )
         odd = [n for n in range(1, 40, 2) if n % 5]
@@ -84,12 +84,12 @@ async def test_sql_reads_every_zone_and_the_past(mesh: LakeMesh) -> None:
         before = datetime.now(UTC)
         await mesh.predict(40, 4)
         await mesh.write_all()
-        ask = f"SELECT count(*) AS n FROM {SEMI}"
+        ask = f"SELECT count(*) AS n FROM {DECODED}"
         assert query(lake, ask).to_pylist() == [{"n": 44}]
         assert query(lake, ask, at=before).to_pylist() == [{"n": 40}]
         with pytest.raises(Misdeclared, match="nothing_here"):
             query(lake, "SELECT * FROM nothing_here")
-        days = query(lake, f"SELECT DISTINCT occurred_at::date AS day FROM {SEMI} ORDER BY day")
+        days = query(lake, f"SELECT DISTINCT occurred_at::date AS day FROM {DECODED} ORDER BY day")
         assert days.to_pylist()[0] == {"day": SECOND.date().replace(day=1)}
 
 
@@ -97,7 +97,7 @@ async def test_a_query_opens_only_the_files_of_its_tenant_and_day(mesh: LakeMesh
     import pyarrow.dataset as ds  # noqa: PLC0415
 
     with mesh.lake() as lake:
-        found = dataset(lake.table(SEMI))
+        found = dataset(lake.table(DECODED))
         assert found is not None
         wanted = (ds.field("tenant_id") == "t1") & (ds.field("occurred_at") < SECOND)
         assert len(list(found.get_fragments())) == 20
@@ -114,15 +114,17 @@ async def test_the_commands_print_json(mesh: LakeMesh, monkeypatch: pytest.Monke
         assert shown.exit_code == 0, shown.output
         return json.loads(shown.stdout)
 
-    (table,) = (one for one in run("tables") if one["table"] == SEMI)
+    (table,) = (one for one in run("tables") if one["table"] == DECODED)
     assert (table["records"], table["files"]) == (40, 20)
-    assert run("sql", f"SELECT count(*) AS n FROM {SEMI}") == [{"n": 40}]
+    assert run("sql", f"SELECT count(*) AS n FROM {DECODED}") == [{"n": 40}]
+    summed = run("sql", f"SELECT sum(_position) AS n, 1.5::DECIMAL(3, 1) AS d FROM {DECODED}")
+    assert summed == [{"n": 780, "d": "1.5"}]
     await mesh.predict(40, 1)
     assert [one["records"] for one in run("snapshots", PREDICTIONS)][-1] == 40
-    assert run("compact", SEMI, "--files", "2") == [
-        {"table": SEMI, "partitions": 0, "files_before": 0, "files_after": 0}
+    assert run("compact", DECODED, "--files", "2") == [
+        {"table": DECODED, "partitions": 0, "files_before": 0, "files_after": 0}
     ]
-    assert run("expire", SEMI, "--snapshot-days", "0", "--keep", "1")[0]["snapshots"] > 0
+    assert run("expire", DECODED, "--snapshot-days", "0", "--keep", "1")[0]["snapshots"] > 0
 
 
 def test_a_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,11 +207,11 @@ async def test_the_lake_lies_on_s3_as_on_files(tmp_path: Path, s3: dict[str, str
     for life in range(3):
         await mesh.predict(life * 8, 8)
         await mesh.write_all()
-    assert mesh.rows(SEMI) == mesh.logged(PREDICTIONS)
+    assert mesh.rows(DECODED) == mesh.logged(PREDICTIONS)
     limits = upkeep.UpkeepLimits(small_files=2, snapshot_s=0, snapshots=1, orphan_s=-120)
     with mesh.lake() as lake:
-        upkeep.compact(lake.catalog, SEMI, limits)
-        assert upkeep.expire(lake.catalog, SEMI, limits) > 0
-        assert upkeep.sweep(lake.catalog, SEMI, limits) > 0
-        assert query(lake, f"SELECT count(*) AS n FROM {SEMI}").to_pylist() == [{"n": 24}]
-        assert lake.select(SEMI, tenant="t0").lazy().select(pl.len()).collect().item() == 12
+        upkeep.compact(lake.catalog, DECODED, limits)
+        assert upkeep.expire(lake.catalog, DECODED, limits) > 0
+        assert upkeep.sweep(lake.catalog, DECODED, limits) > 0
+        assert query(lake, f"SELECT count(*) AS n FROM {DECODED}").to_pylist() == [{"n": 24}]
+        assert lake.select(DECODED, tenant="t0").lazy().select(pl.len()).collect().item() == 12

@@ -125,7 +125,8 @@ class FeatureView:
 
     def __post_init__(self) -> None:
         if self.corrects or self.retracts:
-            object.__setattr__(self, "columns", self.columns + _correction_columns(self))
+            more = [one for one in _correction_columns(self) if one not in self.columns]
+            object.__setattr__(self, "columns", (*self.columns, *more))
         if not self.request_entity:
             object.__setattr__(self, "request_entity", self.entity)
         if not self.tile_us:

@@ -124,9 +124,9 @@ class FeatureView:
     request_entity: tuple[str, ...] = field(default=())
 
     def __post_init__(self) -> None:
-        if self.corrects or self.retracts:
-            more = [one for one in _correction_columns(self) if one not in self.columns]
-            object.__setattr__(self, "columns", (*self.columns, *more))
+        kept = {column.name for column in self.columns}
+        if (self.corrects or self.retracts) and not kept.issuperset(CORRECTION_COLUMNS):
+            object.__setattr__(self, "columns", self.columns + _correction_columns(self))
         if not self.request_entity:
             object.__setattr__(self, "request_entity", self.entity)
         if not self.tile_us:

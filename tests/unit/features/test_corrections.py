@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -151,3 +152,8 @@ def test_a_view_that_would_have_to_keep_events_for_ever_is_refused() -> None:
     with pytest.raises(DefinitionError, match="need a retention"):
         parse_views({"views": {"v": body}})
     assert parse_views({"views": {"v": {**body, "retention": "1d"}}})
+
+
+def test_a_view_made_again_from_its_own_parts_is_the_same() -> None:
+    assert replace(VIEW) == VIEW
+    assert replace(VIEW, entities=7).fingerprint == VIEW.fingerprint

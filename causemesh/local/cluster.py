@@ -11,7 +11,7 @@ from pathlib import Path
 from causemesh.errors import Misdeclared
 from causemesh.local.artefacts import Progress
 from causemesh.local.kafka import Kafka
-from causemesh.local.ports import choose_ports
+from causemesh.local.ports import choose_ports, require_free
 from causemesh.local.pulsar import Pulsar
 from causemesh.local.registry import Registry
 from causemesh.local.servers import HOST, Postgres, Server, StripeStandIn
@@ -123,7 +123,15 @@ class Cluster:
         return self.endpoints.triton_url, metrics
 
     def up(self, progress: Progress = lambda server, state: None) -> Endpoints:
-        """Start what does not run; returns when all work. Raises Fatal with the end of a log."""
+        """Start what does not run; returns when all work.
+
+        Raises Fatal with the end of a log, or when a port is another program's.
+        """
+        idle = [name for name, one in self._servers.items() if one.process.running() is None]
+        require_free(
+            {of: port for of, port in self._ports.items() if of.split("_")[0] in idle},
+            self._home / "ports.json",
+        )
         with ThreadPoolExecutor(len(self._servers)) as pool:
             for done in [pool.submit(one.start, progress) for one in self._servers.values()]:
                 done.result()

@@ -18,7 +18,7 @@ import httpx
 from causemesh.catalogue import LAKE, SERVICES
 from causemesh.errors import Fatal, Misdeclared
 from causemesh.local.cluster import Cluster, Endpoints, ServerStatus
-from causemesh.local.ports import choose_ports
+from causemesh.local.ports import choose_ports, require_free
 from causemesh.local.process import ServerProcess
 from causemesh.settings import API_PORTS
 
@@ -96,7 +96,9 @@ class Mesh:
 
     def up(self, progress: Callable[[str, str], None] = lambda name, state: None) -> None:
         """Start the supervisor and wait until every service is ready. Raises Fatal with the end of
-        a log."""
+        a log, or when a port is another program's."""
+        idle = [name for name in self.services if self.process(name).running() is None]
+        require_free({name: self._ports[name] for name in idle}, self.home / "service-ports.json")
         plan = {
             "project": str(self._project),
             "services": list(self.services),

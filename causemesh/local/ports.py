@@ -7,6 +7,8 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 
+from causemesh.errors import Fatal
+
 HOST = "127.0.0.1"
 
 
@@ -21,6 +23,24 @@ def choose_ports(saved: Path, defaults: Mapping[str, int]) -> dict[str, int]:
     if missing:
         saved.write_text(json.dumps(chosen))
     return chosen
+
+
+def require_free(ports: Mapping[str, int], saved: Path) -> None:
+    """Raises Fatal when something listens on one of the ports already: another home's server would
+    be taken for ours."""
+    taken = {name: port for name, port in ports.items() if _listens(port)}
+    if taken:
+        named = ", ".join(f"{port} ({name})" for name, port in sorted(taken.items()))
+        raise Fatal(
+            f"port {named} of this home is taken by another program, maybe another home's mesh:"
+            f" stop that, or delete {saved} so that free ports are chosen"
+        )
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(0.5)
+        return probe.connect_ex((HOST, port)) == 0
 
 
 def _free(port: int) -> int:

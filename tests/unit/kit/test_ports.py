@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from causemesh.cli import running
-from causemesh.errors import Misdeclared
-from causemesh.local.ports import HOST, choose_ports
+from causemesh.errors import Fatal, Misdeclared
+from causemesh.local.cluster import Cluster
+from causemesh.local.ports import HOST, choose_ports, require_free
 from examples.flights.demo import fresh_home
 
 
@@ -39,6 +40,32 @@ def test_a_taken_default_gives_way_to_a_free_port(tmp_path: Path) -> None:
     assert chosen != port
     with socket.socket() as probe:
         probe.bind((HOST, chosen))
+
+
+def test_a_port_that_another_program_took_is_named(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind((HOST, 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(Fatal, match=rf"{port} \(kafka\).*taken.*delete .*ports\.json"):
+            require_free({"kafka": port, "registry": unused()}, tmp_path / "ports.json")
+    require_free({"kafka": port}, tmp_path / "ports.json")
+
+
+def test_a_cluster_does_not_take_another_ones_server_for_its_own(tmp_path: Path) -> None:
+    choose_ports(tmp_path / "ports.json", dict.fromkeys(["stripe"], 0))
+    cluster = Cluster(tmp_path, ["stripe"])
+    port = int(cluster.endpoints.stripe_url.rsplit(":", 1)[1])
+    with socket.socket() as taken:
+        taken.bind((HOST, port))
+        taken.listen()
+        with pytest.raises(Fatal, match=r"\(stripe\)"):
+            cluster.up()
+    try:
+        cluster.up()
+        cluster.up()  # what runs keeps its port
+    finally:
+        cluster.down()
 
 
 def test_a_new_name_joins_what_was_chosen(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from causemesh.codec.decode import Decoder
 from causemesh.codec.encode import RegistryEncoders
 from causemesh.codec.registry import HttpRegistry
 from causemesh.faultpoints import arm
-from causemesh.lake.commits import Change, commit
+from causemesh.lake.commits import Change
 from causemesh.lake.definitions import LakeDefinition, TableDefinition, define_lake, table_name
 from causemesh.lake.opening import open_catalog
 from causemesh.lake.progress import TableProgress
@@ -30,7 +30,7 @@ from causemesh.lake.reading import Lake
 from causemesh.lake.settings import LakeSettings
 from causemesh.runner import Emitter, Limits, PartitionWorker, Runner, Stage
 from services.features.lake.decoding import WidestDecoder
-from services.features.lake.sinks import Flushed, Sink, Writing
+from services.features.lake.sinks import Sink, Writing
 from services.features.lake.store import FlushLimits, LakeStore
 from services.features.lake.wiring import groups_of
 from services.features.lake.writing import LakeWriter
@@ -99,34 +99,7 @@ class BlindStore(LakeStore):
     sink = BlindSink
 
 
-class Apart(Writing):
-    """The control arm whose position is not in the effect's own snapshot."""
-
-    def decide(self, table: Table, progress: TableProgress) -> Change | None:
-        change = super().decide(table, progress)
-        return Change(progress, change.add) if change is not None else None
-
-
-class ApartSink(Sink):
-    writing = Apart
-
-    def flush(self) -> Flushed:
-        taken = self._taken
-        done = super().flush()
-        moved = {number: part.progress for number, part in taken.items()}
-        commit(
-            self._catalog,
-            self.definition.identifier,
-            lambda table, progress: Change(progress.having(moved)),
-        )
-        return done
-
-
-class ApartStore(LakeStore):
-    sink = ApartSink
-
-
-STORES = {"protected": LakeStore, "blind": BlindStore, "apart": ApartStore}
+STORES = {"protected": LakeStore, "blind": BlindStore}
 
 
 async def run(plan: Plan) -> None:

@@ -118,14 +118,6 @@ async def test_a_kill_at_any_step_loses_and_doubles_nothing(
     assert await killed_at(point, plan, tmp_path / "log") == dict.fromkeys(TABLES, ALL)
 
 
-async def test_control_with_the_position_apart_from_its_snapshot_a_kill_doubles(
-    plan: Plan, tmp_path: Path
-) -> None:
-    apart = replace(plan, arm="apart")
-    ids = await killed_at(Point.LAKE_COMMITTED, apart, tmp_path / "log")
-    assert sum(map(len, ids.values())) > len(TABLES) * COUNT
-
-
 async def replaced_while_paused(plan: Plan, tmp_path: Path) -> tuple[dict[str, list[str]], str]:
     """A writer stops between its files and their commit, another takes over and writes all, then
     the first goes on; what the tables hold then, and its log."""

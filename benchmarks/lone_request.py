@@ -147,7 +147,9 @@ class Mesh:
         self.workers = {
             "ingest": self._worker(Stage("ingest", "ingest", inboxes, writes), door, lagging),
             "features": self._worker(
-                features, join, Limits(max_records=20_000, commit_every_units=20)
+                features,
+                join,
+                Limits(max_records=20_000, commit_every_units=20, commit_every_s=1.0),
             ),
             "inference": self._worker(tasks, predict, lagging),
         }

@@ -15,9 +15,10 @@ class Limits:
 
     `gather_s` is how long a worker that is not behind lets records gather before its next unit:
     work that nobody waits for should not take the processor from work that somebody does.
-    `commit_every_s` is for a processor that keeps no state and writes nothing in the transaction:
-    its position may lag so long while records come, because what it sends again after a crash has
-    the same causes and is dropped.
+    `commit_every_s` is the least time between two commits while records come. It is for a processor
+    that writes nothing in the transaction: its position may lag so long, because what it sends
+    again after a crash has the same causes and is dropped. One with state is snapshotted at each
+    commit, and small units come fast, so it has to wait for `commit_every_units` as well.
     `bulk_gather_s` is what `gather_s` is, after units with at least `bulk_records` of one partition
     only: they come in bulk, as in a replay, and each unit costs the same however few it has.
     """

@@ -171,13 +171,11 @@ class PartitionWorker:
                 self.committed = True
 
     def _commit_is_due(self, *, moved: bool, idle: bool) -> bool:
-        if not self.processor.stateful:
-            waited_s = self._clock.monotonic() - self._committed_at
-            rests = idle or waited_s >= self._limits.commit_every_s
-            return rests and (self._uncommitted > 0 or moved)
-        return self._uncommitted >= self._limits.commit_every_units or (
-            idle and (self._uncommitted > 0 or moved)
-        )
+        waited = self._clock.monotonic() - self._committed_at >= self._limits.commit_every_s
+        enough = self._uncommitted >= self._limits.commit_every_units
+        if idle or not self.processor.stateful:
+            return (idle or waited) and (self._uncommitted > 0 or moved)
+        return enough and waited
 
     def _due_promises(self, emission: Emission) -> dict[tuple[str, str, int], int]:
         """Watermarks to forward: those that moved since the last unit, one an output topic."""

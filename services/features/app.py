@@ -70,6 +70,7 @@ async def main() -> None:
             Limits(
                 max_records=20_000,
                 commit_every_units=settings.commit_every_units,
+                commit_every_s=settings.commit_every_s,
                 bulk_gather_s=0.1,
             ),
         )

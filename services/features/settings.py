@@ -16,6 +16,9 @@ class FeatureSettings(ServiceSettings):
     commit_every_units: int = Field(
         default=20, ge=1, description="Units of work between two checkpoints under load."
     )
+    commit_every_s: float = Field(
+        default=1.0, ge=0, description="Least seconds between two checkpoints under load."
+    )
     memory_mb: int = Field(
         default=4096, ge=1, description="What the declared entities of all views may cost, MiB."
     )

@@ -133,8 +133,8 @@ class Simulation:
             limits=Limits(
                 max_records=self.rng.randint(1, 7),
                 commit_every_units=self.rng.randint(1, 3),
-                # Time stands still here, so that the door then commits when it is idle only.
-                commit_every_s=self.rng.choice([0.0, 1.0]) if stage.group == "door" else 0.0,
+                # Time stands still here, so that these then commit when they are idle only.
+                commit_every_s=0.0 if stage.group == "sink" else self.rng.choice([0.0, 1.0]),
             ),
             deduplicate=self.arm.deduplicate,
         )

@@ -1,0 +1,101 @@
+"""How often a worker commits while records come, and that it does so at once when none do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from causemesh.bus.base import Outbound
+from causemesh.bus.memory import MemoryBus, no_step
+from causemesh.catalogue import Catalogue
+from causemesh.codec.decode import Decoder
+from causemesh.codec.encode import RegistryEncoders
+from causemesh.codec.registry import MemoryRegistry
+from causemesh.positions import MemoryPositionStore
+from causemesh.runner import Batch, Emission, Emitter, Limits, PartitionWorker, Stage
+
+CATALOGUE = Catalogue.load()
+INBOX = "inbox.requests"
+UNITS, UNIT_S = 64, 0.125
+
+
+class Snapshots:
+    """Counts its snapshots; each unit takes an eighth of a second and brings the next record."""
+
+    takes_bad_rows = True
+
+    def __init__(self, bus: MemoryBus, *, stateful: bool) -> None:
+        self.stateful = stateful
+        self.taken: list[float] = []
+        self.units = 0
+        self.now_s = 0.0
+        self._bus = bus
+        self.worker: PartitionWorker | None = None
+
+    async def process(
+        self, batches: Sequence[Batch], watermark_us: int, transaction: Any
+    ) -> Emission:
+        self.units += bool(batches)
+        self.now_s += UNIT_S
+        if batches and self.units < UNITS:
+            await self._bus.producer("p").send([Outbound(INBOX, 0, [None], [b"no record"])])
+        if not batches:
+            assert self.worker is not None
+            self.worker.stopping = True
+        return Emission()
+
+    def snapshot(self) -> bytes | None:
+        self.taken.append(self.now_s)
+        return b"state"
+
+    def restore(self, state: bytes | None) -> None: ...
+
+    def now_us(self) -> int:
+        return 0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    async def sleep(self, seconds: float) -> None:
+        self.now_s += seconds
+
+
+@pytest.mark.parametrize(
+    ("stateful", "limits", "under_load"),
+    [
+        (True, Limits(commit_every_units=20), 3),
+        (True, Limits(commit_every_units=20, commit_every_s=1.0), 3),
+        (True, Limits(commit_every_units=5, commit_every_s=1.0), 8),
+        (True, Limits(commit_every_units=5), 12),
+        (False, Limits(), 64),
+        (False, Limits(commit_every_s=1.0), 8),
+    ],
+)
+async def test_commits_keep_both_distances(stateful: bool, limits: Limits, under_load: int) -> None:
+    bus, registry = MemoryBus(), MemoryRegistry()
+    bus.create(INBOX, 1)
+    await bus.producer("p").send([Outbound(INBOX, 0, [None], [b"no record"])])
+    processor = Snapshots(bus, stateful=stateful)
+    worker = PartitionWorker(
+        Stage("ingest", "ingest", (INBOX,)),
+        0,
+        processor,
+        bus=bus,
+        store=MemoryPositionStore(no_step),
+        catalogue=CATALOGUE,
+        decoder=Decoder(registry),
+        emitter=Emitter(CATALOGUE, RegistryEncoders(registry), bus.producer("w"), ()),
+        clock=processor,
+        limits=limits,
+    )
+    processor.worker = worker
+    await worker.run()
+    loaded = [at for at in processor.taken if at <= UNITS * UNIT_S + UNIT_S / 2]
+    assert len(loaded) == under_load
+    assert worker.positions[(INBOX, 0)] == UNITS - 1
+    if limits.commit_every_s:
+        gaps = [later - at for at, later in pairwise(loaded)]
+        assert min(gaps) >= limits.commit_every_s

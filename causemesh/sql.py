@@ -47,7 +47,13 @@ async def database_errors() -> AsyncIterator[None]:
         if _says_away(error):
             raise Retryable(f"the database is away: {error!r}", retry_after=1.0) from error
         raise
-    except (ConnectionError, TimeoutError, asyncpg.InterfaceError) as error:
+    # InternalClientError: the server ended the connection while the driver was about to use it.
+    except (
+        ConnectionError,
+        TimeoutError,
+        asyncpg.InterfaceError,
+        asyncpg.InternalClientError,
+    ) as error:
         raise Retryable(f"the database is away: {error!r}", retry_after=1.0) from error
 
 

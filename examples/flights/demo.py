@@ -71,17 +71,6 @@ class Story:
         return sum(frame.height for frame in self.replay.frames.values())
 
 
-@dataclass(frozen=True)
-class Sending:
-    """What a replay is sent to, and what it meets on its way."""
-
-    mesh: Mesh
-    open_to: Connections
-    client: Client
-    outcomes: Outcomes
-    disturbances: Disturbances
-
-
 class Demo:
     """One run, from empty data to the summary."""
 
@@ -108,17 +97,15 @@ class Demo:
         """Replay, wait, check; returns the summary."""
         story = self._story
         began = time.monotonic()
-        version = asyncio.create_task(asyncio.to_thread(_first_version, mesh))
+        training.register(mesh, 1, model.baseline_onnx())
+        training.roll_out(mesh, [(1, training.BEGINNING)])
         async with connections(self._home) as open_to, _client(open_to) as client:
             outcomes = Outcomes(open_to)
             disturbances = Disturbances(story.kill, mesh, self._out.progress, story.seed)
             following = asyncio.create_task(self._follow(mesh, outcomes, began))
             try:
-                if story.kill:
-                    await version
                 await disturbances.begin()
-                sending = Sending(mesh, open_to, client, outcomes, disturbances)
-                end_us = await self._replay(sending, version)
+                end_us = await self._replay(mesh, open_to, client, outcomes, disturbances)
                 waiting = Waiting(mesh, self._out.progress)
                 await waiting.outcomes(outcomes, story.replay.requests.height)
                 periods = _months_before(end_us)
@@ -141,39 +128,46 @@ class Demo:
     async def replayed(self, mesh: Mesh) -> None:
         """Called once, between the last finalised invoice and the checks; for benchmarks."""
 
-    async def _replay(self, to: Sending, version: asyncio.Task[None]) -> int:
+    async def _replay(
+        self,
+        mesh: Mesh,
+        open_to: Connections,
+        client: Client,
+        outcomes: Outcomes,
+        disturbances: Disturbances,
+    ) -> int:
         """Send everything in event time; returns the last watermark (microseconds).
 
-        Requests are held back until the `version` that answers them is known; events go on
-        meanwhile, as no vector depends on when they come. At the month that the second version
-        answers from, the producer waits until all before it is predicted, for the version is
-        trained on all of that. A disturbed producer waits for the versions, too, as each
-        disturbance has its part of the work.
+        At the month that the second version answers from, the producer waits until all before it
+        is predicted. From there on requests are held back until that version is trained on all of
+        that and known. Events go on meanwhile: no vector depends on when they come. A disturbed
+        producer waits for that, too, as each disturbance has its part of the work.
         """
         until_us = 0
         hours = _DISTURBED_SLICE_H if self._story.kill else _SLICE_H
         held: list[tuple[int, pl.DataFrame]] = []
+        trained: asyncio.Task[None] | None = None
         try:
             for until_us, frames in slices(self._story.replay, hours):
-                await to.disturbances.pace((self._sent + 1) / self._story.sent)
+                await disturbances.pace((self._sent + 1) / self._story.sent)
                 held.append((until_us, frames.pop(_REQUESTS)))
-                await self._send(to.client, until_us, frames)
-                trains = until_us == _micros(TRAINED_FROM)
-                if version.done() or self._story.kill or trains:
-                    await self._ask(to.client, version, held)
-                if trains:
-                    await self._predicted(to.mesh, to.outcomes)
-                    version = asyncio.create_task(self._train(to.mesh, to.open_to))
-            await self._ask(to.client, version, held)
+                await self._send(client, until_us, frames)
+                if trained is None or trained.done() or self._story.kill:
+                    await self._ask(client, trained, held)
+                if until_us == _micros(TRAINED_FROM):
+                    await self._predicted(mesh, outcomes)
+                    trained = asyncio.create_task(self._train(mesh, open_to))
+            await self._ask(client, trained, held)
         finally:
-            version.cancel()
+            if trained is not None:
+                trained.cancel()
         month_end_us = _micros(
             datetime(2013 + self._months // 12, self._months % 12 + 1, 1, tzinfo=UTC)
         )
         # past every grace period, label wait and review time-out
         last_us = max(until_us, month_end_us) + 4 * _DAY_US
         for kind in self._story.replay.frames:
-            await self._surely(to.client.watermark, kind, last_us)
+            await self._surely(client.watermark, kind, last_us)
         return last_us
 
     async def _send(self, client: Client, until_us: int, frames: dict[str, pl.DataFrame]) -> None:
@@ -186,10 +180,14 @@ class Demo:
             await self._surely(client.watermark, kind, until_us)
 
     async def _ask(
-        self, client: Client, version: asyncio.Task[None], held: list[tuple[int, pl.DataFrame]]
+        self,
+        client: Client,
+        trained: asyncio.Task[None] | None,
+        held: list[tuple[int, pl.DataFrame]],
     ) -> None:
-        """Send the requests that were held back, once their version is known."""
-        await version
+        """Send the requests that were held back, once training is over."""
+        if trained is not None:
+            await trained
         for until_us, frame in held:
             await self._send(client, until_us, {_REQUESTS: frame})
         held.clear()
@@ -301,11 +299,6 @@ class Demo:
             "checks": [vars(check) for check in checks],
             "passed": all(check.passed for check in checks),
         }
-
-
-def _first_version(mesh: Mesh) -> None:
-    training.register(mesh, 1, model.baseline_onnx())
-    training.roll_out(mesh, [(1, training.BEGINNING)])
 
 
 def _client(open_to: Connections) -> Any:

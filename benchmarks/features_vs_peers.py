@@ -40,7 +40,6 @@ from services.features.domain.snapshots import unpack, unpack_blobs
 
 _HOME = Path(".causemesh-bench-features")
 _PEERS = Path(__file__).parent / "peers"
-_VIEW = "sensor_readings"
 
 
 def checked(figures: Figures, count: int, total: float) -> Figures:
@@ -67,7 +66,7 @@ async def stored_state(where: Place) -> Figures:
     query = "SELECT state FROM checkpoints WHERE group_name = 'features'"
     ((state,),) = await where.sql("features", query)
     partition = unpack_blobs(unpack_blobs(bytes(state), "features")["state"], "partition")
-    _, kept = unpack(partition[f"view.{_VIEW}"], "view")
+    _, kept = unpack(partition[f"view.{view().id}"], "view")
     places = layout_of(view()).sums
     count = kept["sums"][str(places.index(("count", EVENT)))].sum()
     units = kept["sums"][str(places.index(("sum", 0)))].sum()

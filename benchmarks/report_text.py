@@ -61,13 +61,14 @@ that handles records. Every arm decodes Avro, and every arm's state can be rebui
 Not equal:
 - Ours drops replays by their cause and answers any hour up to its last 5 minutes (12 tiles a key);
   the peers keep one tumbling hour.
-- Ours commits state and position to Postgres about every two seconds. Kafka Streams as it comes
-  commits each 30 s, which is longer than a run: its state stays in its record cache, and no
-  changelog is written. So it is measured with a commit every two seconds, too.
+- Ours commits state and position to Postgres every 20 units of work, at least a second apart. Kafka
+  Streams as it comes commits each 30 s, which is longer than a run: its state stays in its record
+  cache, and no changelog is written. So it is measured with a commit every two seconds, too.
 - Kafka Streams decodes only the two fields it needs. The JVM compiles and collects on other
   threads: look at the CPU column.
 - Kafka Streams takes up to 1.3 cores, ours less than one. So it loses more where a machine is busy
-  with other work, as in the runs of 04:27 and 05:14; that of 06:17 had the machine to itself.
+  with other work, as in the runs of 04:27 and 05:14; those of 06:17 and 09:43 had the machine to
+  themselves. Yet it was slower at 09:43: see Quix Streams and Faust, whose code is the same.
 - Quix Streams and Faust read the first part of the topic only (see settings), for time's sake.
 
 """
@@ -78,9 +79,11 @@ features, inference and Triton; each latency counts from the moment the request 
 writes and reads bare records of 200 bytes on the same broker. The hops are between broker time
 stamps, which are whole milliseconds.
 
-Wanted at 200 requests/s: p50 10 ms, p99 40 ms. Not met. From 100 requests/s on both cores are full:
-a request that comes alone costs ingest, features and inference 10 ms of processor time together
-(5 ms at 200 requests/s, where some share a unit of work), and client, Kafka and Triton the rest.
+Wanted at 200 requests/s: p50 10 ms, p99 40 ms. Not met: there both cores are full. A request that
+comes alone costs the three stages 4.5 ms of processor time without any broker (features 2.9:
+six views and 19 columns; `benchmarks.lone_request`), and as much again for sockets, wakings and
+Postgres (`benchmarks.request_cost`); client, Kafka and Triton take the rest. What falls into one
+unit of work shares its cost, so the delay grows until units are large enough.
 
 """
 
@@ -110,8 +113,10 @@ waits. Processor time runs from ready to the end of the checks, so their recount
 run of 26 November shared the two cores with another job: seconds and rates would be better alone.
 
 Wanted: 5,000 predictions/s with invoices. Not met. `make demo` (three months, 80,789 predictions,
-the machine to itself, the same day): 2,399/s from the first event to the last finalised invoice,
-training and closing included; up to 4,100/s in between, with both cores full.
+the machine to itself, later that day, after the table below was measured): 2,956/s from the first
+event to the last finalised invoice, 8.1 s of training and the closing included. The processor time
+of all processes fell from 81-92 to 36 s for those months (`benchmarks.mesh_processes`, a busy
+machine); 5,000/s would leave it 32 s with both cores full all the time.
 
 """
 
@@ -119,13 +124,13 @@ PROFILES = """\
 py-spy at 150 samples a second while a service works off a full topic; a sample counts for the
 first part its stack fits. Boxes: orange Causemesh, blue Polars and NumPy, grey the rest.
 
-In features and billing more than half of the processor time is fetching, about 2.5 microseconds a
-record in features, although records are not copied one by one any more (ADR 10); decoding is a
-fifth, and what the services are for (state, metering) a tenth. Iterating aiokafka's record batches
-alone takes 0.5 microseconds a record in a loop of its own; the rest is not explained yet, and is
-where the next large step lies. In inference the largest part that is its own is sending
-predictions: lz4 (of vectors that are random here, so they do not shrink), causes and ids, encoding.
-The model runs in Triton's process and is not in the picture.
+The pictures are from before Python's cycle collector was set by units of work and Kafka was read in
+blocks (ADR 10). Fetching, more than half of the time in features and billing then, was two thirds
+collector: it looked at every record of the unit again and again. Since then fetching takes 0.2
+microseconds a record and decoding 0.5 to 0.8; features as a whole 1.6 to 2.3 of processor time
+instead of 4.5 to 4.9, billing 2.0 instead of more than 3. In inference the largest part that is its
+own is sending predictions: causes and ids, encoding, and lz4, since then at its quick level. The
+model runs in Triton's process and is not in the picture.
 
 """
 

@@ -39,13 +39,8 @@ from causemesh.telemetry import Metrics
 from examples.flights import model
 from examples.flights.dataset import MODEL
 from services.features.domain.parsing import parse_views
-from services.features.handlers import (
-    ROLLOUTS,
-    VERSIONS,
-    Join,
-    Plan,
-    tasks_topic,
-)
+from services.features.handlers import Join
+from services.features.plan import ROLLOUTS, VERSIONS, Plan, tasks_topic
 from services.features.publishing import VECTORS
 from services.features.rekeying import INPUTS
 from services.inference.deployments import Deployments

@@ -17,7 +17,8 @@ from services.features.domain.definitions import FeatureView, by_reference
 from services.features.domain.events import SEPARATOR
 from services.features.domain.memory import entity_bytes
 from services.features.explaining import Asked, Explainer
-from services.features.handlers import Join, Plan
+from services.features.handlers import Join
+from services.features.plan import Plan
 
 
 class ExplainAsk(BaseModel):

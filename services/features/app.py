@@ -14,17 +14,9 @@ from services.features.domain.feature_store import FeatureStore
 from services.features.domain.parsing import parse_views
 from services.features.domain.transforms import parse_transforms
 from services.features.explaining import Explainer
-from services.features.handlers import (
-    REQUESTS,
-    ROLLOUTS,
-    VERSIONS,
-    Join,
-    Plan,
-    Rekey,
-    source_numbers,
-    tasks_topic,
-)
+from services.features.handlers import Join, Rekey
 from services.features.lateness import LATE
+from services.features.plan import REQUESTS, ROLLOUTS, VERSIONS, Plan, source_numbers, tasks_topic
 from services.features.publishing import VECTORS
 from services.features.registration import check_views
 from services.features.rekeying import INPUTS

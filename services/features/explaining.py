@@ -13,7 +13,7 @@ from causemesh.log import LogReader
 from services.features.domain.definitions import FeatureView, by_reference
 from services.features.domain.events import ViewEvents, entity_keys, read_events
 from services.features.domain.feature_store import FeatureStore
-from services.features.handlers import event_frame
+from services.features.plan import event_frame
 
 _SHOWN = 5
 

@@ -23,17 +23,9 @@ from causemesh.errors import Poison
 from causemesh.runner import NEVER, Batch
 from services.features.domain.models import UNRESOLVED
 from services.features.domain.parsing import parse_views
-from services.features.handlers import (
-    REQUESTS,
-    ROLLOUTS,
-    VERSIONS,
-    Join,
-    Plan,
-    Rekey,
-    source_numbers,
-    tasks_topic,
-)
+from services.features.handlers import Join, Rekey
 from services.features.lateness import LATE
+from services.features.plan import REQUESTS, ROLLOUTS, VERSIONS, Plan, source_numbers, tasks_topic
 from services.features.publishing import VECTORS
 from services.features.rekeying import INPUTS
 from tests.unit.features.reference import Event, expected

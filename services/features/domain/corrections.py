@@ -6,7 +6,8 @@ those that count.
 
 As of time `s` an event counts if it occurred before `s` and no correction of it did. A retraction
 only removes; a correction removes and is itself an event. What was removed stays so, even when the
-correction is corrected in turn. An event and its correction may come in any order.
+correction is corrected in turn. An event and its correction may come in any order. But one that
+occurred before its event by more than an answer looks back may be forgotten by then.
 """
 
 from __future__ import annotations

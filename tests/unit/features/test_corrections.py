@@ -91,7 +91,13 @@ def event_lists(draw: st.DrawFn) -> list[Event]:
                 target is not None and draw(st.booleans()),
             )
         )
-    return events
+    return [e if _remembered(e, events) else replace(e, target=None, void=False) for e in events]
+
+
+def _remembered(event: Event, events: Sequence[Event]) -> bool:
+    """Not a correction so long before its event that it may be forgotten by then."""
+    named = [one for one in events if event.target == f"e{one.position}"]
+    return all(event.occurred_at_us >= one.occurred_at_us - 4 * TILE for one in named)
 
 
 def run(events: list[Event], cuts: list[int], seed: int) -> bool:

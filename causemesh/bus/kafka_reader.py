@@ -139,9 +139,11 @@ class KafkaReader:
                     await asyncio.sleep(_AGAIN_S)
                     continue
                 failing = False
-                if session.accept(response) == 0:
-                    for one in fetched(response.topics):
-                        await self._hear(node, one)
+                refused = session.accept(response)
+                for one in fetched(response.topics) if not refused else ():
+                    await self._hear(node, one)
+                if refused or self._moved.is_set():
+                    await asyncio.sleep(_AGAIN_S)
             self._moved.set()
         except Exception as error:  # noqa: BLE001 - told to who fetches
             self._tell(error)
@@ -165,7 +167,6 @@ class KafkaReader:
             )
         elif one.error in _OTHER_LEADER:
             self._moved.set()
-            await asyncio.sleep(_AGAIN_S)
         elif one.error:
             self._tell(Retryable(f"reading {source[0]} failed: {for_code(one.error)()!r}"))
         elif one.records:

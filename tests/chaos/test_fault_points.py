@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 import signal
-import sys
 import time
 import uuid
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import polars as pl
@@ -26,6 +22,7 @@ from causemesh.codec.encode import RegistryEncoders
 from causemesh.codec.registry import HttpRegistry
 from causemesh.faultpoints import Point
 from tests.chaos.pipeline import PARTITIONS, Plan, session_name
+from tests.children import child
 
 pytestmark = pytest.mark.servers
 COUNT = 120
@@ -76,23 +73,7 @@ async def _produce(bus: KafkaBus, registry: HttpRegistry, plan: Plan) -> None:
     await producer.close()
 
 
-@asynccontextmanager
-async def process(
-    plan: Plan, log: Path, fault: str = ""
-) -> AsyncIterator[asyncio.subprocess.Process]:
-    """The pipeline as a process, ended at the end whatever happened."""
-    with log.open("ab") as output:
-        child = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "tests.chaos.pipeline", json.dumps(asdict(plan)),
-            env={**os.environ, "CAUSEMESH_FAULT": fault, "PYTHONUNBUFFERED": "1"},
-            stdout=output, stderr=output,
-        )  # fmt: skip
-    try:
-        yield child
-    finally:
-        if child.returncode is None:
-            child.kill()
-            await child.wait()
+process = partial(child, "tests.chaos.pipeline")
 
 
 async def results(database: AsyncEngine) -> dict[str, list[str]]:

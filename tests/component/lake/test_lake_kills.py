@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 import signal
-import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -18,6 +14,7 @@ import pytest
 from causemesh.faultpoints import Point
 from causemesh.lake.definitions import table_name
 from causemesh.lake.reading import Lake
+from tests.children import child
 from tests.component.lake.conftest import COUNT, produce
 from tests.component.lake.lake_writer import PARTITIONS, Plan
 
@@ -30,23 +27,7 @@ ALL = sorted(f"r{n}" for n in range(COUNT))
 TABLES = ("decoded", "curated")
 
 
-@asynccontextmanager
-async def process(
-    plan: Plan, log: Path, fault: str = ""
-) -> AsyncIterator[asyncio.subprocess.Process]:
-    """A writer, ended at the end whatever happened."""
-    with log.open("ab") as output:
-        child = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "tests.component.lake.lake_writer", json.dumps(asdict(plan)),
-            env={**os.environ, "CAUSEMESH_FAULT": fault, "PYTHONUNBUFFERED": "1"},
-            stdout=output, stderr=output,
-        )  # fmt: skip
-    try:
-        yield child
-    finally:
-        if child.returncode is None:
-            child.kill()
-            await child.wait()
+process = partial(child, "tests.component.lake.lake_writer")
 
 
 def found(lake: Lake, plan: Plan) -> dict[str, list[str]]:

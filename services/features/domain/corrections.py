@@ -7,7 +7,8 @@ those that count.
 As of time `s` an event counts if it occurred before `s` and no correction of it did. A retraction
 only removes; a correction removes and is itself an event. What was removed stays so, even when the
 correction is corrected in turn. An event and its correction may come in any order. But one that
-occurred before its event by more than an answer looks back may be forgotten by then.
+occurred before its event by more than an answer looks back (`reach_us`) never counts: so corrections
+can be forgotten in time.
 """
 
 from __future__ import annotations
@@ -22,6 +23,11 @@ from services.features.domain.events import NULL, Ints
 Mask = npt.NDArray[np.bool_]
 
 
+def reach_us(view: FeatureView) -> int:
+    """How long before its event a correction may have occurred to count: as an answer looks back."""
+    return max(view.tiles * view.tile_us, view.retention_us or 0)
+
+
 class KeptEvents:
     """The events of a view that an answer may still see, corrections included."""
 
@@ -30,6 +36,7 @@ class KeptEvents:
         self._id, self._target, self._void = (names.index(name) for name in CORRECTION_COLUMNS)
         self._parts = [RowEvents.none(len(view.columns))]
         self._settled = 0
+        self._reach_us = reach_us(view)
 
     @property
     def events(self) -> RowEvents:
@@ -42,10 +49,15 @@ class KeptEvents:
         self._parts.append(events)
 
     def prune(self, from_us: int) -> None:
-        """Forget events before this time, once there are many."""
+        """Forget events before this time, once there are many.
+
+        Corrections stay for as long as an event they name can be visible.
+        """
         if sum(map(len, self._parts)) > 2 * self._settled:
             events = self.events
-            self._parts = [events.take(events.occurred_at_us >= from_us)]
+            corrects = events.values[self._target] != NULL
+            needed_us = from_us - np.where(corrects, self._reach_us, 0)
+            self._parts = [events.take(events.occurred_at_us >= needed_us)]
             self._settled = len(self._parts[0])
 
     def corrected_rows(self, more: RowEvents) -> Ints:
@@ -65,9 +77,21 @@ class KeptEvents:
     def counting(self, rows: Ints, more: RowEvents) -> RowEvents:
         """Of what is kept and `more`, the events of these rows that count."""
         every = RowEvents.concatenate([self.events, more])
+        chosen = np.isin(every.rows, rows) & (every.values[self._void] == NULL)
+        return every.take(chosen & ~self._removed(every))
+
+    def _removed(self, every: RowEvents) -> Mask:
+        """Which events are named by a correction among them that is not too early for them."""
         targets = every.values[self._target]
-        alive = ~np.isin(every.values[self._id], targets[targets != NULL])
-        return every.take(np.isin(every.rows, rows) & alive & (every.values[self._void] == NULL))
+        fixes = np.flatnonzero(targets != NULL)
+        if not len(fixes):
+            return np.zeros(len(every), np.bool_)
+        fixes = fixes[np.lexsort((every.occurred_at_us[fixes], targets[fixes]))]
+        newest = fixes[np.flatnonzero(np.append(np.diff(targets[fixes]), 1))]
+        at = np.searchsorted(targets[newest], every.values[self._id])
+        fix = newest[np.minimum(at, len(newest) - 1)]
+        early_us = every.occurred_at_us - every.occurred_at_us[fix]
+        return (targets[fix] == every.values[self._id]) & (early_us <= self._reach_us)
 
     def memory_bytes(self) -> int:
         """Bytes of the columns."""

@@ -57,10 +57,14 @@ def expected(
 ) -> list[np.float32]:
     """The vector of one entity as of one time, from all events of the view."""
     before = [e for e in events if e.entity is not None and e.occurred_at_us < as_of_us]
-    removed = {e.target for e in before if e.target is not None}
-    seen = [
-        e for e in before if e.entity == entity and not e.void and f"e{e.position}" not in removed
-    ]
+    reach = max(view.tiles * view.tile_us, view.retention_us or 0)
+    removed = {
+        e.position
+        for e in before
+        for fix in before
+        if fix.target == f"e{e.position}" and fix.occurred_at_us >= e.occurred_at_us - reach
+    }
+    seen = [e for e in before if e.entity == entity and not e.void and e.position not in removed]
     return [np.float32(_feature(view, f, seen, as_of_us)) for f in view.features]
 
 

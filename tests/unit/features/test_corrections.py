@@ -91,13 +91,7 @@ def event_lists(draw: st.DrawFn) -> list[Event]:
                 target is not None and draw(st.booleans()),
             )
         )
-    return [e if _remembered(e, events) else replace(e, target=None, void=False) for e in events]
-
-
-def _remembered(event: Event, events: Sequence[Event]) -> bool:
-    """Not a correction so long before its event that it may be forgotten by then."""
-    named = [one for one in events if event.target == f"e{one.position}"]
-    return all(event.occurred_at_us >= one.occurred_at_us - 4 * TILE for one in named)
+    return events
 
 
 def run(events: list[Event], cuts: list[int], seed: int) -> bool:
@@ -141,6 +135,13 @@ def test_without_what_is_kept_a_correction_is_lost(monkeypatch: pytest.MonkeyPat
     assert run(pair, [10, 20], 1)
     monkeypatch.setattr(KeptEvents, "corrected_rows", lambda _, more: more.rows[:0])
     assert not run(pair, [10, 20], 1)
+
+
+def test_a_correction_outlives_the_time_it_occurred_at() -> None:
+    """It left the windows before its event did; what makes the entity anew must still know it."""
+    plain = [Event("a", 0, 0, n, (None,)) for n in range(8)]
+    pair = [Event("a", 11, 0, 8, (0.0,)), Event("a", 0, 0, 9, (None,), "e8")]
+    assert run([*plain, *pair, Event("a", 68, 0, 10, (None,), "e10")], [0, 68], 0)
 
 
 def test_what_no_answer_sees_is_kept_no_longer() -> None:

@@ -7,8 +7,8 @@ those that count.
 As of time `s` an event counts if it occurred before `s` and no correction of it did. A retraction
 only removes; a correction removes and is itself an event. What was removed stays so, even when the
 correction is corrected in turn. An event and its correction may come in any order. But one that
-occurred before its event by more than an answer looks back (`reach_us`) never counts: so corrections
-can be forgotten in time.
+occurred before its event by more than an answer looks back (`reach_us`) never counts: so
+corrections can be forgotten in time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Mask = npt.NDArray[np.bool_]
 
 
 def reach_us(view: FeatureView) -> int:
-    """How long before its event a correction may have occurred to count: as an answer looks back."""
+    """How long before its event a counting correction may have occurred: as answers look back."""
     return max(view.tiles * view.tile_us, view.retention_us or 0)
 
 

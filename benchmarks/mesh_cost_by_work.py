@@ -83,7 +83,7 @@ def replay(days: int) -> dict[str, Any]:
     """One replay on empty data. Raises RuntimeError when a check of the demo fails."""
     fresh_home(_HOME)
     own_ports(_HOME)
-    demo = Demo(_HOME, months_of(days), days, [], Output())
+    demo = Demo(_HOME, months_of(days), days, [], out=Output())
     try:
         mesh: Mesh = running.up(_HOME, PROJECT, lambda name, state: None, partitions=_PARTITIONS)
         services = Usage(mesh.status)

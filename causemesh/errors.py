@@ -41,6 +41,10 @@ class Fatal(MeshError):
     """Going on would break a promise: stop without committing."""
 
 
+class Gone(Fatal):
+    """The log no longer holds what was asked for."""
+
+
 class Fenced(Fatal):
     """Another worker claimed this partition; nothing of ours may be written any more."""
 

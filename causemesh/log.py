@@ -48,7 +48,7 @@ class LogReader:
         """Batches of the spans' records, each partition in order.
 
         On fact topics records that repeat a cause (sent again after a crash) are dropped, judged by
-        what lies inside the span. Raises Fatal when the log no longer holds a span's start.
+        what lies inside the span. Raises Gone when the log no longer holds a span's start.
         """
         open_spans = {source: span for source, span in spans.items() if span.last > span.after}
         if not open_spans:

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from causemesh.errors import Misdeclared, Retryable
+from causemesh.errors import Gone, Misdeclared, Retryable
 
 _log = structlog.get_logger(__name__)
 _MEDIA_TYPE = "application/problem+json"
@@ -42,6 +42,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 _ABOUT = {
     404: "There is no such thing",
     409: "It is not in a state for that",
+    410: "The log no longer holds it",
     413: "The body is too large",
     421: "Another instance of the service holds it",
 }
@@ -112,6 +113,10 @@ async def _refused(_: Request, error: Exception) -> JSONResponse:
     return _answer(422, "misdeclared", str(error), {}, {})
 
 
+async def _gone(_: Request, error: Exception) -> JSONResponse:
+    return _answer(410, "log_gone", str(error), {}, {})
+
+
 async def _bug(request: Request, error: Exception) -> JSONResponse:
     _log.error("request_failed", path=request.url.path, exc_info=error)
     return _answer(500, "internal", "an unexpected error; the log has its trace", {}, {})
@@ -124,4 +129,5 @@ def add_problem_handlers(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(Retryable, _away)
     app.add_exception_handler(Misdeclared, _refused)
+    app.add_exception_handler(Gone, _gone)
     app.add_exception_handler(Exception, _bug)

@@ -22,7 +22,7 @@ from causemesh.bus.base import BEFORE_FIRST, RawBatch, TopicPartition
 from causemesh.bus.kafka_clients import started
 from causemesh.bus.kafka_fetch import Fetched, FetchSession, earliest, fetched, told_earliest
 from causemesh.bus.record_blocks import LogBatch, RecordBlock, blocks
-from causemesh.errors import Fatal, Retryable
+from causemesh.errors import Gone, Retryable
 
 _LONG_POLL_S = 0.5
 _AGAIN_S = 0.1
@@ -49,7 +49,7 @@ class KafkaReader:
         self._polls: dict[int, asyncio.Task[None]] = {}
 
     async def fetch(self, max_records: int, max_wait_s: float) -> list[RawBatch]:
-        """See `Reader.fetch`. Raises Fatal when the log no longer holds the position asked for."""
+        """See `Reader.fetch`. Raises Gone when the log no longer holds the position asked for."""
         if self._client is None:
             self._client = await self._open()
             self._leading = asyncio.create_task(self._follow_leaders())
@@ -159,7 +159,7 @@ class KafkaReader:
             self._next[source] = await self._earliest(node, source)
         elif one.error == _OUT_OF_RANGE:
             self._tell(
-                Fatal(
+                Gone(
                     f"the log of {source[0]}-{source[1]} no longer holds the stored position"
                     f" {self._next[source] - 1}; retention is shorter than the time this service"
                     " was away"

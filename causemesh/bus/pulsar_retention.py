@@ -11,7 +11,7 @@ import structlog
 from causemesh.bus.pulsar_http import tls
 from causemesh.bus.pulsar_ids import unpacked
 from causemesh.catalogue import Topic
-from causemesh.errors import Fatal, Misdeclared, Retryable
+from causemesh.errors import Gone, Misdeclared, Retryable
 
 _log = structlog.get_logger(__name__)
 _MINUTES_A_DAY = 1_440
@@ -58,7 +58,7 @@ class HeldPositions:
         self._http = httpx.Client(base_url=base, timeout=10.0, verify=tls(), transport=transport)
 
     def check(self, name: str, at: int) -> None:
-        """Raises Fatal when records behind position `at` of a partition were deleted.
+        """Raises Gone when records behind position `at` of a partition were deleted.
 
         Pulsar deletes whole ledgers, so a position whose ledger is there lost nothing. One whose
         ledger is gone lost nothing either if it was the last record ever written, which the broker
@@ -76,7 +76,7 @@ class HeldPositions:
         if not stats["numberOfEntries"]:
             _log.warning("position_unchecked", partition=name, ledger=ledger)
             return
-        raise Fatal(
+        raise Gone(
             f"the log no longer holds the stored position: ledger {ledger} of {name} was deleted;"
             " retention is shorter than the time this service was away"
         )

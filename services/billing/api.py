@@ -208,7 +208,7 @@ def _proof_routes(api: APIRouter, books: Books, proofs: Proofs) -> None:
             raise Problem(404, "not_found", f"there is no invoice line {line_id}")
         return found
 
-    @api.get("/lines/{line_id:path}/verify", tags=["proofs"], responses=failures(404))
+    @api.get("/lines/{line_id:path}/verify", tags=["proofs"], responses=failures(404, 410))
     async def verify_line(line_id: str) -> Proof:
         """Read a line's records from the log, count and rate them again, and compare."""
         return await proofs.line(*await known(line_id))
@@ -228,7 +228,7 @@ def _proof_routes(api: APIRouter, books: Books, proofs: Proofs) -> None:
             filter=meter.filter if meter else None,
         )
 
-    @api.post("/recount", tags=["proofs"], responses=failures(404))
+    @api.post("/recount", tags=["proofs"], responses=failures(404, 410))
     async def recount(period: Annotated[str, Query(pattern=_PERIOD)]) -> Recount:
         """Make all invoices of a month once more from the log, and compare."""
         made = await proofs.month(period)

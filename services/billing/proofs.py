@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import polars as pl
 
 from causemesh.bus.base import TopicPartition
-from causemesh.errors import Fatal
+from causemesh.errors import Fatal, Gone
 from causemesh.log import LogReader, Span
 from causemesh.runner import Batch
 from services.billing.books import Books, Head
@@ -72,7 +72,7 @@ class Proofs:
         self._log = log
 
     async def line(self, head: Head, line: InvoiceLine) -> Proof:
-        """Prove one line. Raises Retryable; Fatal when the log no longer holds its records."""
+        """Prove one line. Raises Retryable; Gone when the log no longer holds its records."""
         config = await self._config(head)
         if line.meter == BASE_FEE:
             fees = base_fee(config, config.plan_of(head.tenant_id))
@@ -91,7 +91,7 @@ class Proofs:
     async def month(self, period: str) -> Recount | None:
         """Close a month once more, from the log, and compare; None while it is open.
 
-        Raises Retryable; Fatal when the log no longer holds its records.
+        Raises Retryable; Gone when the log no longer holds its records.
         """
         terms = await self._books.terms_of(period)
         if terms is None:
@@ -135,7 +135,9 @@ class Proofs:
         """
         meters = {name: _ranges(name, closed) for name in config.meters}
         kept: dict[tuple[str, TopicPartition], list[pl.DataFrame]] = defaultdict(list)
-        async for batch in self._log.read(_spans(closed)):
+        spans = _spans(closed)
+        async for batch in self._log.read(spans):
+            _check_begin(batch, spans)
             for meter in _of_topic(config, batch.topic):
                 inside = _inside(batch, meter, meters[meter.name])
                 if inside.height:
@@ -209,6 +211,17 @@ def _spans(closed: Mapping[str, Sequence[UsageRow]]) -> dict[TopicPartition, Spa
             min(known.after, at.first - 1), max(known.last, at.last)
         )
     return spans
+
+
+def _check_begin(batch: Batch, spans: dict[TopicPartition, Span]) -> None:
+    """Raises Gone unless a partition's first batch has the record that its span begins with."""
+    source = (batch.topic, batch.partition)
+    span = spans.pop(source, None)
+    if span is not None and len(batch) and int(batch.positions[0]) > span.after + 1:
+        raise Gone(
+            f"the log of {batch.topic}-{batch.partition} begins at {int(batch.positions[0])},"
+            f" but records from {span.after + 1} on were billed: retention took them"
+        )
 
 
 def _inside(batch: Batch, meter: Meter, ranges: pl.DataFrame) -> pl.DataFrame:

@@ -20,7 +20,7 @@ from causemesh.bus.kafka import KafkaBus
 from causemesh.bus.memory import MemoryBus
 from causemesh.bus.pulsar import PulsarBus
 from causemesh.catalogue import Topic
-from causemesh.errors import Fatal, Misdeclared, Retryable
+from causemesh.errors import Gone, Misdeclared, Retryable
 
 PARTITIONS = 4
 
@@ -154,7 +154,7 @@ async def test_a_stored_position_that_was_deleted_is_noticed(
     else:
         await _forget_on_kafka(endpoints.kafka_bootstrap, topic, old[2][0])
     reader = bus.reader({source: old[0][0]})
-    with pytest.raises(Fatal, match="no longer holds the stored position"):
+    with pytest.raises(Gone, match="no longer holds the stored position"):
         await _first_batch(reader)
     await reader.close()
     assert (await read(bus, {source: left[0][0]}, 1))[source] == left[1:]

@@ -16,7 +16,7 @@ from causemesh.bus.kafka import KafkaBus
 from causemesh.bus.kafka_fetch import FetchSession
 from causemesh.bus.kafka_reader import KafkaReader
 from causemesh.catalogue import Topic
-from causemesh.errors import Fatal
+from causemesh.errors import Gone
 from tests.component.bus.test_conformance import PARTITIONS, declared, write
 
 pytestmark = pytest.mark.servers
@@ -174,7 +174,7 @@ async def test_blocks_are_not_cut_at_the_end_of_a_unit(bus: KafkaBus, topic: str
 
 async def test_what_was_asked_for_and_is_gone_is_told(bus: KafkaBus, topic: str) -> None:
     reader = bus.reader({(topic, 0): 1_000})
-    with pytest.raises(Fatal, match="no longer holds the stored position 1000"):
+    with pytest.raises(Gone, match="no longer holds the stored position 1000"):
         await values(reader, 1)
     await reader.close()
 

@@ -10,7 +10,7 @@ import pytest
 from causemesh.bus.pulsar_ids import packed_one
 from causemesh.bus.pulsar_retention import HeldPositions, check_namespace, minutes_of, policy
 from causemesh.catalogue import Topic
-from causemesh.errors import Fatal, Misdeclared, Retryable
+from causemesh.errors import Gone, Misdeclared, Retryable
 
 RECORD: dict[str, Any] = {"type": "record", "name": "Row", "namespace": "t", "fields": []}
 WEEK = 7 * 1_440
@@ -81,13 +81,13 @@ def test_a_position_that_may_be_gone_on_from(found: dict[str, Any]) -> None:
 def test_the_place_before_a_ledgers_first_record_is_held_with_it() -> None:
     before = packed_one(8, 0, 0) - 1
     held(stats([8, 9], "9:0", 9)).check("a-partition-0", before)
-    with pytest.raises(Fatal):
+    with pytest.raises(Gone):
         held(stats([9], "9:0", 9)).check("a-partition-0", before)
 
 
 @pytest.mark.parametrize("found", [stats([8], "8:0", 1), stats([8], "5:4", 1)])
 def test_a_position_whose_ledger_is_gone_from_a_log_with_records(found: dict[str, Any]) -> None:
-    with pytest.raises(Fatal, match="ledger 5 of a-partition-0 was deleted"):
+    with pytest.raises(Gone, match="ledger 5 of a-partition-0 was deleted"):
         held(found).check("a-partition-0", AT)
 
 

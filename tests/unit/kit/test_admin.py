@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from structlog.testing import capture_logs
 
 from causemesh.admin import Page, PageParams, Problem, create_app, page_of
-from causemesh.errors import Misdeclared, Retryable
+from causemesh.errors import Gone, Misdeclared, Retryable
 
 TOKEN = "a-token-for-the-admin-test"
 ITEMS = [(n // 3, f"i{n:03}") for n in range(101)]
@@ -45,6 +45,7 @@ def routes() -> APIRouter:
             "problem": Problem(409, "conflict", "someone was first", winner="ada"),
             "away": Retryable("the database is away", retry_after=2.6),
             "soon": Retryable("nearly there", retry_after=0.01),
+            "gone": Gone("the log begins at 7"),
             "misdeclared": Misdeclared("topic 'x' is not in the catalogue"),
             "http": HTTPException(418, "a teapot"),
             "bug": KeyError("secret detail"),
@@ -88,6 +89,7 @@ def problem(answer: httpx.Response, status: int, kind: str) -> dict[str, Any]:
         ("problem", 409, "conflict"),
         ("away", 503, "unavailable"),
         ("misdeclared", 422, "misdeclared"),
+        ("gone", 410, "log_gone"),
         ("http", 418, "refused"),
         ("bug", 500, "internal"),
     ],

@@ -94,11 +94,14 @@ class Emission:
     """What one unit of work sends.
 
     `promises` maps an input topic to a watermark (microseconds) that replaces the one read from it,
-    for processors that hold records back or make watermarks themselves.
+    for processors that hold records back or make watermarks themselves. `refused` are batches with
+    the frame rows that a part of the processor could not take, and why: they become dead letters
+    although the rest of the processor took them (`Poison` is for rows that none takes).
     """
 
     outgoing: Sequence[Outgoing] = ()
     promises: Mapping[str, int] = field(default_factory=dict)
+    refused: Sequence[tuple[Batch, Mapping[int, str]]] = ()
 
 
 class Processor(Protocol):

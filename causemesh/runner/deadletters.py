@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import polars as pl
@@ -14,7 +14,7 @@ DeadRows = list[tuple[Batch, dict[int, str]]]
 """Batches with the rows of their raw batch that are dead, and why."""
 
 
-def raw_rows(batch: Batch, reasons: dict[int, str]) -> dict[int, str]:
+def raw_rows(batch: Batch, reasons: Mapping[int, str]) -> dict[int, str]:
     """Reasons by frame row to reasons by raw row."""
     return {int(batch.rows[row]): reason for row, reason in reasons.items()}
 

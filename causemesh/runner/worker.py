@@ -23,7 +23,7 @@ from causemesh.codec.base import BatchDecoder
 from causemesh.faultpoints import Point, reach
 from causemesh.positions import Checkpoint, Claim, PositionStore
 from causemesh.runner.batch import NEVER, Batch, Emission, Outgoing, Processor
-from causemesh.runner.deadletters import DeadRows, dead_letters
+from causemesh.runner.deadletters import DeadRows, dead_letters, raw_rows
 from causemesh.runner.emitter import Emitter
 from causemesh.runner.faults import Faults
 from causemesh.runner.intake import Intake
@@ -151,7 +151,8 @@ class PartitionWorker:
             emission = await self.processor.process(batches, watermark, unit.transaction)
             if batches:
                 reach(Point.WORKER_PROCESSED)
-            letters = dead_letters(self.stage.service, dead)
+            refused = [(batch, raw_rows(batch, rows)) for batch, rows in emission.refused]
+            letters = dead_letters(self.stage.service, [*dead, *refused])
             promises = self._due_promises(emission)
             self._dead = sum(len(part) for part in letters)
             self._sent = _by_topic(emission.outgoing)

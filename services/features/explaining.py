@@ -11,7 +11,7 @@ import polars as pl
 
 from causemesh.log import LogReader
 from services.features.domain.definitions import FeatureView, by_reference
-from services.features.domain.events import ViewEvents, entity_keys, read_events
+from services.features.domain.events import ViewEvents, entity_keys, readable_events
 from services.features.domain.feature_store import FeatureStore
 from services.features.plan import event_frame
 
@@ -77,7 +77,7 @@ class Explainer:
         places: list[dict[str, Any]] = []
         async for batch in self._log.read(await self._log.ends([f"events.{view.event_type}"])):
             frame = event_frame(batch, self._source_number(batch.topic, batch.partition))
-            found = read_events(view, frame)
+            found, _ = readable_events(view, frame)
             mine = (found.entity == key).to_numpy() & (found.occurred_at_us < as_of_us)
             if mine.any():
                 store.views[view.id].apply(found.take(np.flatnonzero(mine)))

@@ -10,10 +10,9 @@ import polars as pl
 
 from causemesh.catalogue import Catalogue
 from causemesh.clock import Clock
-from causemesh.errors import Poison
 from causemesh.runner import Batch, Emission, Outgoing
 from services.features.domain.definitions import FeatureView
-from services.features.domain.events import Ints, ViewEvents, read_events
+from services.features.domain.events import Ints, ViewEvents, readable_events
 from services.features.domain.models import (
     UNRESOLVED,
     ModelBook,
@@ -64,12 +63,14 @@ class Rekey:
         self, batches: Sequence[Batch], watermark_us: int, transaction: Any
     ) -> Emission:
         """See `Processor.process`."""
-        return Emission([self._one(number, batch) for number, batch in enumerate(batches)])
+        found = [(batch, *self._read(batch)) for batch in batches]
+        outgoing = [inputs_of(batch, events) for batch, events, _ in found]
+        return Emission(outgoing, refused=[(batch, bad) for batch, _, bad in found if bad])
 
-    def _one(self, number: int, batch: Batch) -> Outgoing:
+    def _read(self, batch: Batch) -> tuple[list[tuple[FeatureView, ViewEvents]], dict[int, str]]:
         frame = event_frame(batch, self._source_number(batch.topic, batch.partition))
         views = [view for view in self._views if f"events.{view.event_type}" == batch.topic]
-        return inputs_of(batch, _read(views, frame, number))
+        return _read(views, frame)
 
     def snapshot(self) -> bytes | None:
         """No state."""
@@ -80,19 +81,17 @@ class Rekey:
 
 
 def _read(
-    views: Sequence[FeatureView], frame: pl.DataFrame, number: int
-) -> list[tuple[FeatureView, ViewEvents]]:
-    """What each view sees. Raises Poison for rows of batch `number` that one can't take."""
-    found: list[tuple[FeatureView, ViewEvents]] = []
-    bad: dict[int, str] = {}
+    views: Sequence[FeatureView], frame: pl.DataFrame
+) -> tuple[list[tuple[FeatureView, ViewEvents]], dict[int, str]]:
+    """What each view sees, and the rows that one or more can't take, with all their reasons."""
+    found = []
+    refused: dict[int, list[str]] = {}
     for view in views:
-        try:
-            found.append((view, read_events(view, frame)))
-        except Poison as poison:
-            bad = {**poison.rows, **bad}
-    if bad:
-        raise Poison(bad, batch=number)
-    return found
+        events, bad = readable_events(view, frame)
+        found.append((view, events))
+        for row, reason in bad.items():
+            refused.setdefault(row, []).append(reason)
+    return found, {row: "; ".join(reasons) for row, reasons in refused.items()}
 
 
 class Join:
@@ -152,16 +151,16 @@ class Join:
     async def process(
         self, batches: Sequence[Batch], watermark_us: int, transaction: Any
     ) -> Emission:
-        """See `Processor.process`: everything is read, and may be refused, before any is taken."""
+        """See `Processor.process`: everything is read before any is taken."""
         self._stored = self._noted  # had the commit failed, the worker would have started over
         read = [
-            (batch, self._read(number, batch))
-            for number, batch in enumerate(batches)
+            (batch, *self._read(batch))
+            for batch in batches
             if batch.topic not in (REQUESTS, VERSIONS, ROLLOUTS)
         ]
         for batch in batches:
             self._learn(batch)
-        late = [part for batch, events in read for part in self._add(batch, events)]
+        late = [part for batch, events, _ in read for part in self._add(batch, events)]
         for batch in batches:
             if batch.topic == REQUESTS:
                 self.state.add_requests(self._requests(batch))
@@ -171,7 +170,8 @@ class Join:
         outgoing = [*self._tasks(), *late, *self._publisher.due(watermark_us)]
         floor = self.state.unemitted_floor_us()
         promise = watermark_us if floor is None else min(watermark_us, floor)
-        return Emission(outgoing, {REQUESTS: promise})
+        refused = [(batch, bad) for batch, _, bad in read if bad]
+        return Emission(outgoing, {REQUESTS: promise}, refused)
 
     def _add(self, batch: Batch, events: Sequence[_Read]) -> list[Outgoing]:
         """Take what was read of a batch; returns what came too late, as records."""
@@ -186,9 +186,9 @@ class Join:
         until_us = self.state.aligner.applied_until_us
         return [missed_records(batch, missed, until_us)] if missed and until_us is not None else []
 
-    def _read(self, number: int, batch: Batch) -> list[_Read]:
+    def _read(self, batch: Batch) -> tuple[list[_Read], dict[int, str]]:
         if batch.topic == INPUTS:
-            return self._inputs(batch)
+            return self._inputs(batch), {}
         frame = event_frame(batch, self._source_number(batch.topic, batch.partition))
         views = [
             view
@@ -199,7 +199,8 @@ class Join:
                 or (view.placement == "partitioned" and batch.partition == self.partition)
             )
         ]
-        return [(view, found, found.position) for view, found in _read(views, frame, number)]
+        found, bad = _read(views, frame)
+        return [(view, events, events.position) for view, events in found], bad
 
     def _inputs(self, batch: Batch) -> list[_Read]:
         """View inputs by view and by the event topic they came from, which breaks ties."""

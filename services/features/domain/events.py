@@ -128,6 +128,18 @@ def read_events(view: FeatureView, frame: pl.DataFrame) -> ViewEvents:
     )
 
 
+def readable_events(view: FeatureView, frame: pl.DataFrame) -> tuple[ViewEvents, dict[int, str]]:
+    """What `view` sees of `frame` (see `read_events`), and the rows it cannot take, with reasons.
+
+    Those rows are no events of this view; others may take them.
+    """
+    try:
+        return read_events(view, frame), {}
+    except Poison as poison:
+        fit = ~frame.select(pl.int_range(pl.len()).is_in(list(poison.rows))).to_series()
+        return read_events(view, frame.filter(fit)), dict(poison.rows)
+
+
 def _unfit(view: FeatureView, kept: pl.DataFrame) -> dict[int, str]:
     """The rows whose key is too long or whose time is no time, and why."""
     long = kept["__entity"].str.len_bytes() > MAX_KEY_BYTES

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +18,6 @@ from causemesh.bus.base import RawBatch
 from causemesh.catalogue import Catalogue
 from causemesh.clock import SystemClock
 from causemesh.codec.columns import frame_schema
-from causemesh.errors import Poison
 from causemesh.runner import NEVER, Batch
 from services.features.domain.models import UNRESOLVED
 from services.features.domain.parsing import parse_views
@@ -374,14 +372,31 @@ async def test_the_current_vector_is_published_with_its_cause() -> None:
     assert set(part.frame["sequence"].to_list()) == {100 * MS}
 
 
-async def test_a_row_that_a_view_cannot_take_is_poison_before_anything_is_taken() -> None:
-    processor = join()
-    await processor.process([registrations()], NEVER, None)
-    before = processor.snapshot()
-    with pytest.raises(Poison) as poison:
-        await processor.process([live(0), event(1e30, 90 * MS, 0)], 200 * MS, None)
-    assert (poison.value.batch, list(poison.value.rows)) == (1, [0])
-    assert processor.snapshot() == before
+async def test_a_row_that_a_view_cannot_take_is_refused_for_that_view_alone() -> None:
+    """The other views count it, and the other rows count for the view."""
+    shared = {"event": "reading", "entity": "site", "placement": "broadcast", "scope": "shared"}
+    views = parse_views(
+        {
+            "views": {
+                "numbers": {**shared, "features": {"value": ["max 40ms"]}},
+                "visits": {**shared, "features": {"*": ["count 40ms"]}},
+            }
+        }
+    )
+    processor, without = (
+        Join(Plan.of(views), CATALOGUE, 0, slice_us=SLICE_US, clock=SystemClock(),
+             publish_seconds=None)
+        for _ in range(2)
+    )  # fmt: skip
+    good, bad = event(5.0, 80 * MS, 0), event(1e30, 90 * MS, 1)
+    emission = await processor.process([good, bad], 100 * MS, None)
+    await without.process([good], 100 * MS, None)
+    ((batch, rows),) = emission.refused
+    assert (batch, list(rows)) == (bad, [0])
+    assert "view numbers: " in rows[0]
+    found, expected = (one.state.store.views for one in (processor, without))
+    same = {name: state.snapshot() == expected[name].snapshot() for name, state in found.items()}
+    assert same == {"numbers@v1": True, "visits@v1": False}
 
 
 async def test_a_schedule_counts_as_known_when_it_can_not_be_forgotten() -> None:

@@ -18,8 +18,11 @@ from pathlib import Path
 from causemesh.errors import Fatal, Misdeclared
 
 KAFKA = "org.apache.kafka:kafka_2.13:4.1.0"
+# Without a binding Kafka's log goes nowhere; this one writes to standard error, and is small.
+KAFKA_LOG = "org.slf4j:slf4j-simple:1.7.36"
 REGISTRY = ("io.apicurio", "apicurio-registry-app", "3.3.3")
 PULSAR = ("org.apache.pulsar", "pulsar-server-distribution", "4.0.8")
+_KAFKA = (KAFKA, KAFKA_LOG)
 TRITON_REQUIREMENTS = Path(__file__).parents[2] / "requirements" / "triton.txt"
 _TRITON_PYTHONS = ((3, 11), (3, 12))  # numpy < 2 has wheels for these
 Progress = Callable[[str, str], None]
@@ -45,7 +48,7 @@ def java_version() -> str:
 
 def kafka_jars(progress: Progress) -> list[Path]:
     """Kafka's jars with all they need."""
-    kept = cache() / f"kafka-{KAFKA.rsplit(':', 1)[-1]}"
+    kept = cache() / "-".join(part.split(":", 1)[1].replace(":", "-") for part in _KAFKA)
     with once(kept) as missing:
         if missing:
             progress("kafka", "fetching Kafka")
@@ -57,7 +60,7 @@ def _fetch_kafka(kept: Path) -> None:
     import jgo  # noqa: PLC0415 - only the embedded cluster needs the extra
 
     partial = _fresh(kept)
-    for jar in jgo.build(KAFKA).all_jars:
+    for jar in jgo.build("+".join(_KAFKA)).all_jars:
         shutil.copyfile(jar, partial / Path(jar).name)
     partial.rename(kept)
 

@@ -14,11 +14,18 @@ from causemesh.local.ports import choose_ports
 from causemesh.local.process import ServerProcess
 from causemesh.local.servers import HOST, port_open
 
+_LOG = {
+    "defaultLogLevel": "warn",
+    "showDateTime": "true",
+    "dateTimeFormat": "yyyy-MM-dd'T'HH:mm:ss.SSSXXX",
+    "showShortLogName": "true",
+}
+
 
 class Kafka:
     """A one-node Kafka in KRaft mode."""
 
-    version = artefacts.KAFKA.rsplit(":", 1)[-1]
+    version = "-".join(part.rsplit(":", 1)[-1] for part in (artefacts.KAFKA, artefacts.KAFKA_LOG))
 
     def __init__(self, home: Path, port: int, controller_port: int) -> None:
         self.port = port
@@ -48,8 +55,8 @@ class Kafka:
         # from the cores that the services share with it (4.2 s instead of 9.0 for a month of
         # flights), and a collector with threads of its own more.
         heap = ("-Xmx512m", "-Xms256m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1")
-        logs = f"-Dkafka.logs.dir={self.process.home / 'logs'}"
-        self.process.start([artefacts.java(), *flags, *heap, logs, *jars, "kafka.Kafka", settings])
+        logs = tuple(f"-Dorg.slf4j.simpleLogger.{key}={value}" for key, value in _LOG.items())
+        self.process.start([artefacts.java(), *flags, *heap, *logs, *jars, "kafka.Kafka", settings])
         self.process.wait_ready(lambda: port_open(self.port), 60)
 
     def stop(self) -> None:

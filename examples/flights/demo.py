@@ -17,26 +17,24 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import polars as pl
-import yaml
 
-from causemesh.cli import running, tracing
+from causemesh.cli import running
 from causemesh.cli.context import Connections, connections
 from causemesh.cli.output import Output
 from causemesh.client import Client, connect
 from causemesh.collector import collect_seldom
 from causemesh.errors import Fatal, Misdeclared, Retryable
 from causemesh.local.mesh import Mesh
-from examples.flights import asking, at_stripe, checking, model, probing, training
-from examples.flights.checking import Check
-from examples.flights.dataset import Defects, Replay, load, slices, with_defects
+from examples.flights import model, probing, summing, training
+from examples.flights.dataset import Replay, load, slices, with_defects
 from examples.flights.disturbing import Disturbances
 from examples.flights.following import Outcomes
+from examples.flights.summing import Story
 from examples.flights.waiting import Waiting
 
 PROJECT = Path(__file__).parent
@@ -45,30 +43,9 @@ _DAY_US = 86_400_000_000
 _REQUESTS = "requests"
 _MARKER = "demo"
 _DATA = ("kafka", "pulsar", "registry", "postgres", "triton", "stripe", "lake")
-_MOST_RSS_MB = 2_500
 _AWAY_S = 180.0
 _SLICE_H, _DISTURBED_SLICE_H = 24, 1  # what the producer sends at once, hours of event time
 _PARTITIONS = 2  # as many as the cores it is sized for; the results do not depend on it
-
-
-@dataclass
-class Story:
-    """What the demo knows on its way."""
-
-    replay: Replay
-    defects: Defects
-    kill: list[str]
-    seed: int | None
-    trained: model.Trained | None = None
-    probe: dict[str, float] = field(default_factory=dict)
-    peak_rss_mb: float = 0.0
-    seconds: dict[str, float] = field(default_factory=dict)
-    recoveries: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def sent(self) -> int:
-        """How many records the producer writes."""
-        return sum(frame.height for frame in self.replay.frames.values())
 
 
 class Demo:
@@ -85,13 +62,12 @@ class Demo:
         seed: int | None = None,
     ) -> None:
         self._home = home
-        self._months = months
         self._out = out
         self._sent = 0
         replay = load(months, days)
         departed, defects = with_defects(replay.departed)
         spoiled = Replay(departed, replay.landed, replay.weather, replay.requests)
-        self._story = Story(spoiled, defects, list(kill), seed)
+        self._story = Story(spoiled, defects, list(kill), seed, months)
 
     async def run(self, mesh: Mesh) -> dict[str, Any]:
         """Replay, wait, check; returns the summary."""
@@ -123,7 +99,7 @@ class Demo:
             story.probe = await probing.probe(mesh, story.replay)
             await outcomes.catch_up()
             await outcomes.close()
-            return await self._summary(mesh, open_to, outcomes, periods)
+            return await summing.summary(story, mesh, open_to, outcomes, periods)
 
     async def replayed(self, mesh: Mesh) -> None:
         """Called once, between the last finalised invoice and the checks; for benchmarks."""
@@ -162,7 +138,7 @@ class Demo:
             if trained is not None:
                 trained.cancel()
         month_end_us = _micros(
-            datetime(2013 + self._months // 12, self._months % 12 + 1, 1, tzinfo=UTC)
+            datetime(2013 + self._story.months // 12, self._story.months % 12 + 1, 1, tzinfo=UTC)
         )
         # past every grace period, label wait and review time-out
         last_us = max(until_us, month_end_us) + 4 * _DAY_US
@@ -239,67 +215,6 @@ class Demo:
                 self._out.progress(f"{shown - began:.0f} s", f"{done}, services {rss:,.0f} MB")
             await asyncio.sleep(0.5)
 
-    async def _summary(
-        self, mesh: Mesh, open_to: Connections, outcomes: Outcomes, periods: Sequence[str]
-    ) -> dict[str, Any]:
-        story = self._story
-        asked = outcomes.frame.filter(pl.col("tenant_id") != probing.TENANT)
-        project = Path(mesh.environment()["CAUSEMESH_PROJECT"])
-        config = yaml.safe_load((project / "billing.yaml").read_text())
-        expected = checking.expected_totals(config, story.replay, asked, periods)
-        books = await asyncio.to_thread(asking.read_books, mesh, periods)
-        reasons = await asking.counts(open_to, "ingest.rejects.v1", "reason")
-        repeats = await asking.repeats(open_to, story.replay.frames, story.defects)
-        dead = await asking.counts(open_to, "mesh.deadletters.v1", "reason")
-        recounts = [books.recounts[period]["equal"] for period in periods]
-        line = next(
-            line
-            for invoice in books.invoices
-            for line in invoice["lines"]
-            if line["meter"] == "predictions" and line["amount_minor"] > 0
-        )
-        traced = await tracing.trace(self._home, line["line_id"], verify=True)
-        checks = [
-            checking.every_request_has_one_outcome(story.replay, asked),
-            checking.rejects_are_the_defects(reasons, story.defects, repeats),
-            checking.invoices_match(books.invoices, expected),
-            at_stripe.stripe_holds(books.at_stripe, books.invoices, expected),
-            Check("billing's own recount from the log", all(recounts), f"{len(recounts)} months"),
-            Check("trace of a line", bool(traced.equal), f"{line['line_id']} recomputed"),
-            Check("dead letters", not dead, f"{dead or 'none'}"),
-            Check("memory", story.peak_rss_mb <= _MOST_RSS_MB,
-                  f"{story.peak_rss_mb:,.0f} MB at most for all services"),
-        ]  # fmt: skip
-        return {
-            "months": self._months,
-            "events": story.sent - story.replay.requests.height,
-            "requests": story.replay.requests.height,
-            "outcomes": dict(asked["outcome"].value_counts().iter_rows()),
-            "rejects": {
-                "duplicate": reasons.get("duplicate", 0) - repeats.duplicates,
-                "missing_tenant": reasons.get("missing_tenant", 0) - repeats.nameless,
-            },
-            "repeats": vars(repeats),
-            "auc": checking.aucs(story.replay, asked),
-            "training_auc": story.trained and story.trained.auc,
-            "latency": story.probe,
-            "seconds": {name: round(value, 1) for name, value in story.seconds.items()},
-            "recoveries": story.recoveries,
-            "requests_per_second": round(story.replay.requests.height / story.seconds["replay"]),
-            "peak_services_rss_mb": round(story.peak_rss_mb),
-            "reviews": books.reviews,
-            "drift_alerts": books.alerts,
-            "invoices": [
-                {k: one[k] for k in ("tenant_id", "period", "stripe_id", "total_minor", "currency")}
-                for one in books.invoices
-            ],
-            "trace": traced.document(),
-            "digest_predictions": checking.digest_of_predictions(asked),
-            "digest_invoices": checking.digest_of_invoices(books.invoices),
-            "checks": [vars(check) for check in checks],
-            "passed": all(check.passed for check in checks),
-        }
-
 
 def _client(open_to: Connections) -> Any:
     return connect(settings=open_to.settings)
@@ -331,29 +246,6 @@ def fresh_home(home: Path) -> None:
     (home / _MARKER).touch()
 
 
-def show(summary: dict[str, Any], out: Output) -> None:
-    """The summary for people."""
-    out.rows("AUC against the landed flights", summary["auc"])
-    invoices = [
-        {**one, "total": f"{one['total_minor'] / 100:,.2f} {one['currency']}"}
-        for one in summary["invoices"]
-    ]
-    for one in invoices:
-        del one["total_minor"], one["currency"]
-    out.rows("Invoices", invoices)
-    names = ("events", "requests", "outcomes", "rejects", "latency", "seconds")
-    more = ("requests_per_second", "peak_services_rss_mb", "reviews", "drift_alerts")
-    digests = ("digest_predictions", "digest_invoices")
-    out.rows("Figures", [{"what": n, "value": str(summary[n])} for n in (*names, *more, *digests)])
-    out.rows(
-        "Checks",
-        [
-            {"check": c["name"], "passed": "yes" if c["passed"] else "NO", "detail": c["detail"]}
-            for c in summary["checks"]
-        ],
-    )
-
-
 def main() -> int:
     """Run the demo; the exit status says whether every check passed."""
     collect_seldom()  # the recount reads whole topics
@@ -375,7 +267,7 @@ def main() -> int:
         out.progress("ready", f"after {time.monotonic() - began:.0f} s")
         summary = asyncio.run(demo.run(mesh))
         (home / "demo-summary.json").write_text(json.dumps(summary, indent=2, default=str))
-        show(summary, out)
+        summing.show(summary, out)
         out.line(f"The summary is in {home / 'demo-summary.json'}")
         if stay:
             _look_around(mesh, summary, out)

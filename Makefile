@@ -7,7 +7,7 @@ export POLARS_MAX_THREADS := 1
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test demo down unit pure simulation component chaos chaos-short e2e lint types imports rules docs lock lock-images compose-env test-compose bench bench-docs bench-setup clean
+.PHONY: help setup test demo down unit pure simulation hunt component chaos chaos-short e2e lint types imports rules docs lock lock-images compose-env test-compose bench bench-docs bench-setup clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -36,6 +36,9 @@ pure: $(STAMP)
 
 simulation: $(STAMP)
 	$(BIN)/python -m pytest tests/unit/simulation -v
+
+hunt: $(STAMP) ## The pure tests on new random examples, not those of every other time
+	HYPOTHESIS_PROFILE=hunt $(BIN)/python -m pytest tests/unit tests/contract
 
 component: $(STAMP) ## Tests on real servers from package registries
 	$(BIN)/python -m pytest tests/component

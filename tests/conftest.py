@@ -7,12 +7,18 @@ import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from causemesh.local import Cluster, Endpoints
 from causemesh.migrations import metadata
+
+# The suite judges a change by the same examples each time; `make hunt` looks for new ones.
+hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.register_profile("hunt", print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 _HOME = Path(os.environ.get("CAUSEMESH_TEST_HOME", ".causemesh-test"))
 

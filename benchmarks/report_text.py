@@ -67,8 +67,7 @@ Not equal:
 - Kafka Streams decodes only the two fields it needs. The JVM compiles and collects on other
   threads: look at the CPU column.
 - Kafka Streams takes up to 1.3 cores, ours less than one. So it loses more where a machine is busy
-  with other work, as in the runs of 04:27 and 05:14; those of 06:17 and 09:43 had the machine to
-  themselves. Yet it was slower at 09:43: see Quix Streams and Faust, whose code is the same.
+  with other work. The last run had the machine to itself.
 - Quix Streams and Faust read the first part of the topic only (see settings), for time's sake.
 
 """
@@ -83,7 +82,10 @@ Wanted at 200 requests/s: p50 10 ms, p99 40 ms. Not met: there both cores are fu
 comes alone costs the three stages 4.5 ms of processor time without any broker (features 2.9:
 six views and 19 columns; `benchmarks.lone_request`), and as much again for sockets, wakings and
 Postgres (`benchmarks.request_cost`); client, Kafka and Triton take the rest. What falls into one
-unit of work shares its cost, so the delay grows until units are large enough.
+unit of work shares its cost, so the delay grows until units are large enough: with one partition a
+topic instead of two, and so half as many units, it was 77 ms (p50) and 135 ms (p99) at 200
+requests/s, where two partitions gave 128 and 226 in the minutes before. The rounds differ by as
+much as 1.7 times at the higher rates, where the processor is the limit.
 
 """
 

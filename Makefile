@@ -74,7 +74,7 @@ lint: $(STAMP) ## Style
 	$(BIN)/ruff format --check .
 
 types: $(STAMP) ## Static types
-	$(BIN)/mypy causemesh services examples deploy/openapi_docs.py
+	$(BIN)/mypy causemesh services examples benchmarks deploy/openapi_docs.py
 
 imports: $(STAMP) ## Who may import whom
 	$(BIN)/lint-imports

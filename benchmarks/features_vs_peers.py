@@ -89,7 +89,8 @@ def kafka_streams(where: Place, filled: Filled, warm: int, store: str, commit_ms
 def python_peer(where: Place, filled: Filled, script: str, count: int, warm: int) -> Figures:
     """A Python peer over the first `count` readings."""
     with tempfile.TemporaryDirectory() as state:
-        argv = [PEER_PYTHON, _PEERS / script, *_told(where, filled), str(count), str(warm), state]
+        settings = [str(count), str(warm), state]
+        argv: list[str | Path] = [PEER_PYTHON, _PEERS / script, *_told(where, filled), *settings]
         figures = run_command(argv)
     return checked(figures, count, filled.total(count))
 

@@ -289,8 +289,11 @@ def main() -> None:
     for name, values in whole.items():
         p10 = float(np.percentile(values, 10))
         print(f"{name:24}{min(values):>8.0f}{p10:>8.0f}{statistics.median(values):>8.0f}")
-    sums = [min, lambda v: float(np.percentile(v, 10)), statistics.median]
-    print(f"{'all':24}" + "".join(f"{sum(f(v) for v in whole.values()):>8.0f}" for f in sums))
+    rows = [
+        (min(values), float(np.percentile(values, 10)), statistics.median(values))
+        for values in whole.values()
+    ]
+    print(f"{'all':24}" + "".join(f"{sum(column):>8.0f}" for column in zip(*rows, strict=True)))
 
 
 if __name__ == "__main__":

@@ -200,8 +200,9 @@ def ours(bench: Bench) -> Figures:
 
 def direct(bench: Bench, rows: int, batch: int, callers: int) -> Figures:
     """tritonclient alone."""
-    where = [bench.where.endpoints.triton_url, bench.version.deployment, bench.vector_file]
-    argv = [PEER_PYTHON, _PEERS / "triton_direct.py", *where, str(rows), str(batch), str(callers)]
+    where = [bench.where.endpoints.triton_url, bench.version.deployment, str(bench.vector_file)]
+    settings = [str(rows), str(batch), str(callers)]
+    argv: list[str | Path] = [PEER_PYTHON, _PEERS / "triton_direct.py", *where, *settings]
     return bench.checked(run_command(argv), rows)
 
 

@@ -43,7 +43,8 @@ def java_version() -> str:
 
 
 def _fetch(folder: Path) -> None:
-    pinned = dict(reversed(line.split()) for line in _PINNED.read_text().splitlines())
+    lines = [line.split() for line in _PINNED.read_text().splitlines()]
+    pinned = {name: checksum for checksum, name in lines}
     found = {Path(jar).name: Path(jar) for jar in jgo.build(_ENDPOINT).all_jars}
     if found.keys() != pinned.keys():
         raise RuntimeError(f"other jars than pinned: {sorted(found.keys() ^ pinned.keys())}")
@@ -55,7 +56,7 @@ def _fetch(folder: Path) -> None:
 
 
 def _compile(folder: Path) -> None:
-    argv = [_tool("javac"), "-cp", f"{folder}/*", "-d", folder, _SOURCE]
+    argv: list[str | Path] = [_tool("javac"), "-cp", f"{folder}/*", "-d", folder, _SOURCE]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{_SOURCE.name} does not compile:\n{done.stderr}")

@@ -165,11 +165,15 @@ def _parts(chosen: Selection) -> Iterator[Selection]:
     if chosen.snapshot_id is None:
         return
     records: dict[int, int] = {}
+    # all files, for a plan with a filter works each file's out anew and takes thirty times as long
     with away():
-        for task in chosen.scan().plan_files():
+        for task in chosen.table.scan(snapshot_id=chosen.snapshot_id).plan_files():
             day = task.file.partition[1]
             records[day] = records.get(day, 0) + task.file.record_count
-    bounds = [chosen.since, *_cuts(records), chosen.until]
+    first = -(2**62) if chosen.since is None else (chosen.since - _EPOCH).days
+    end = 2**62 if chosen.until is None else (chosen.until - _EPOCH).days
+    inside = {day: count for day, count in records.items() if first <= day <= end}
+    bounds = [chosen.since, *_cuts(inside), chosen.until]
     for since, until in pairwise(bounds):
         yield replace(chosen, since=since, until=until)
 

@@ -115,7 +115,12 @@ def flight_requests() -> pl.DataFrame:
     return unpacked.select(*columns, *inputs.values()).with_columns(label=pl.int_range(pl.len()))
 
 
-def test_a_training_set_has_the_bits_of_the_stream(flights: Path) -> None:
+@pytest.mark.parametrize("together", [1_000_000, 700])
+def test_a_training_set_has_the_bits_of_the_stream(
+    flights: Path, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many days are read at once."""
+    monkeypatch.setattr("services.features.offline.reading._TOGETHER", together)
     definitions = Definitions.of(FLIGHTS)
     streamed = flights_offline.logged_vectors(load(1, 3))
     requests = flight_requests().sample(fraction=1.0, shuffle=True, seed=3)
@@ -131,14 +136,15 @@ def test_a_training_set_has_the_bits_of_the_stream(flights: Path) -> None:
     wanted = streamed["vector"].to_numpy()[:, [FEATURES.index(name) for name in names]]
     assert matrix_of(ordered, names).tobytes() == np.ascontiguousarray(wanted).tobytes()
     assert (~np.isnan(wanted)).mean() > 0.5
-    assert any("events.flight_landed" in text for text in told)
+    steps = [text for text in told if text.startswith("events.flight_landed")]
+    assert len(steps) == (1 if together > 700 else 3)
     assert set(made.about["views"]) == {view.id for view in definitions.views}
 
 
 def test_a_file_says_what_it_was_made_from(flights: Path, tmp_path: Path) -> None:
     definitions = Definitions.of(FLIGHTS)
     with lake_of(flights, definitions.catalogue) as lake:
-        made = training_set(flight_requests().head(50), ["dest_arrivals"], lake, definitions)
+        made = training_set(flight_requests().head(300), ["dest_arrivals"], lake, definitions)
         table = lake.table("flight_landed").current_snapshot()
     assert table is not None
     made.write(tmp_path / "x.parquet")
@@ -146,7 +152,9 @@ def test_a_file_says_what_it_was_made_from(flights: Path, tmp_path: Path) -> Non
     view = definitions.view("dest_arrivals@v1")
     assert told["views"] == {view.id: view.fingerprint}
     assert told["lake"]["decoded.events_flight_landed"]["snapshot_id"] == table.snapshot_id
-    assert (told["rows"], told["slice_seconds"]) == (50, 60.0)
+    assert (told["rows"], told["slice_seconds"]) == (300, 60.0)
+    # the first hours of the first day: later days were not read
+    assert 0 < told["lake"]["decoded.events_flight_landed"]["records"] < 498
     assert datetime.fromisoformat(told["made_at"]).tzinfo is not None
     assert pl.read_parquet(tmp_path / "x.parquet").equals(made.frame)
     made.frame.write_parquet(tmp_path / "plain.parquet")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -87,7 +88,7 @@ class LakeEvents:
 
         Raises Misdeclared when the lake does not hold an event type, or not yet whole.
         """
-        late = self._late([one.view for one in wanted])
+        late = self._late(wanted)
         for event_type in dict.fromkeys(one.view.event_type for one in wanted):
             mine = [one for one in wanted if one.view.event_type == event_type]
             for one, events in zip(mine, self._of_type(event_type, mine), strict=True):
@@ -101,7 +102,7 @@ class LakeEvents:
         source = source_numbers(self.catalogue)(topic.name, 0)
         found: list[list[ViewEvents]] = [[] for _ in wanted]
         for frame in self._frames(topic.name, [*columns, *_PLACE], wanted):
-            events = frame.cast({name: schema[name] for name in columns}).with_columns(
+            events = _as_decoded(frame, topic.record, columns).with_columns(
                 pl.col("occurred_at").to_physical().alias("occurred_at_us"),
                 (pl.col("_partition").cast(pl.Int64) + source).alias("source"),
                 pl.col("_position").alias("position"),
@@ -115,14 +116,10 @@ class LakeEvents:
         self, topic: str, columns: Sequence[str], wanted: Sequence[Wanted]
     ) -> Iterator[pl.DataFrame]:
         """The records of a topic that may count, some days at a time."""
-        since = [one.since_us for one in wanted]
-        first_us = None if None in since else min(at_us for at_us in since if at_us is not None)
-        chosen = self.lake.select(
-            topic,
-            since=instant(first_us),
-            until=instant(max(one.last_us for one in wanted)),
-            columns=columns,
-        )
+        since, until = _reach(wanted)
+        there = {one.name for one in self.lake.table(topic).schema().fields}
+        known = [name for name in columns if name in there]
+        chosen = self.lake.select(topic, since=since, until=until, columns=known)
         records = 0
         for part in _parts(chosen):
             with away():
@@ -134,14 +131,15 @@ class LakeEvents:
         whole_us = progress_of(chosen.table.metadata).watermark_us()
         self.tables[identifier] = TableRead(topic, chosen.snapshot_id, records, whole_us)
 
-    def _late(self, views: Sequence[FeatureView]) -> pl.DataFrame:
+    def _late(self, wanted: Sequence[Wanted]) -> pl.DataFrame:
         """The records of what any of the views missed."""
         identifier = self.lake.definition.table(LATE).identifier
         if identifier not in {one.identifier for one, _ in self.lake.tables()}:
             schema = frame_schema(self.catalogue.topic(LATE).record)
             return pl.DataFrame(schema={name: schema[name] for name in COLUMNS})
-        chosen = self.lake.select(LATE, columns=COLUMNS)
-        named = pl.col("view").is_in([view.id for view in views])
+        since, until = _reach(wanted)
+        chosen = self.lake.select(LATE, since=since, until=until, columns=COLUMNS)
+        named = pl.col("view").is_in([one.view.id for one in wanted])
         with away():
             found = chosen.lazy().filter(named).collect()
         self.tables[identifier] = TableRead(LATE, chosen.snapshot_id, found.height, None)
@@ -158,6 +156,28 @@ def check_whole(tables: Mapping[str, TableRead], last_us: int) -> None:
                 f"{name} is whole before {held}, but a request is as of {instant(last_us)}: its"
                 " events may still come; leave such requests out or wait (causemesh lake tables)"
             )
+
+
+def _reach(wanted: Sequence[Wanted]) -> tuple[datetime | None, datetime | None]:
+    """The event time that any of these depends on."""
+    since = [one.since_us for one in wanted]
+    first_us = None if None in since else min(at_us for at_us in since if at_us is not None)
+    return instant(first_us), instant(max(one.last_us for one in wanted))
+
+
+def _as_decoded(
+    frame: pl.DataFrame, record: Mapping[str, Any], columns: Sequence[str]
+) -> pl.DataFrame:
+    """The columns as a decoder gives them: a field that came after a row has its default there."""
+    schema = frame_schema(record)
+    missing = [name for name in columns if name not in frame.columns]
+    frame = frame.with_columns(pl.lit(None).alias(name) for name in missing)
+    filled = [
+        pl.col(field["name"]).fill_null(field["default"])
+        for field in record["fields"]
+        if field["name"] in columns and field.get("default") is not None
+    ]
+    return frame.cast({name: schema[name] for name in columns}).with_columns(filled)
 
 
 def _parts(chosen: Selection) -> Iterator[Selection]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -241,6 +242,31 @@ def test_an_event_that_a_view_cannot_take_is_in_none_of_its_stage(tmp_path: Path
     count, small = matrix_of(made.frame, made.about["features"])[0].tolist()
     assert count == 2.0
     assert small == -20.0
+
+
+def test_a_field_that_came_later_has_its_default_before(tmp_path: Path) -> None:
+    """As a decoder that reads an older record has it."""
+    older = definitions_of(SENSORS)
+    fill(tmp_path, older.catalogue, {"events.reading": readings([1.0, 5.0], [0, 10])})
+    topic = older.catalogue.topic("events.reading")
+    more = {"name": "weight", "type": "double", "default": 2.0}
+    record = {**topic.record, "fields": [*topic.record["fields"], more]}
+    topics = {**older.catalogue.topics, topic.name: replace(topic, record=record)}
+    body = {"event": "reading", "entity": "sensor", "features": {"weight": ["sum 1h"]}}
+    newer = replace(
+        older,
+        catalogue=replace(older.catalogue, topics=topics),
+        views=tuple(parse_views({"views": {"w": body}})),
+    )
+    sums = []
+    for known in (False, True):
+        if known:  # the table has the column by now
+            later = readings([3.0], [20]).with_columns(weight=0.5)
+            fill(tmp_path, newer.catalogue, {topic.name: later})
+        with lake_of(tmp_path, newer.catalogue) as lake:
+            made = training_set(asked([30]), ["w"], lake, newer)
+        sums.append(made.frame["w.weight_sum_1h"].item())
+    assert sums == [4.0, 4.5]
 
 
 def test_on_demand_features_are_made_from_both(tmp_path: Path) -> None:

@@ -27,3 +27,17 @@ class LakeWriterSettings(ServiceSettings):
     lake_upkeep_seconds: float = Field(
         default=3_600.0, ge=0, description="Compaction, retention, expiry so often; 0 for never."
     )
+    skew_share: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Share of the served vectors that are held to the lake; 0 for none.",
+    )
+    skew_wait_seconds: float = Field(
+        default=120.0,
+        ge=0,
+        description="A served vector waits so long: what was late for it must be in the lake.",
+    )
+    skew_every_seconds: float = Field(
+        default=300.0, gt=0, description="Vectors that wait are compared so often."
+    )

@@ -12,6 +12,7 @@ from causemesh.runner import Limits, Stage
 from causemesh.service import Service
 from services.features.lake.decoding import WidestDecoder
 from services.features.lake.settings import LakeWriterSettings
+from services.features.lake.skew_wiring import skew_monitor
 from services.features.lake.store import FlushLimits, LakeStore
 from services.features.lake.upkeep import Keeper
 from services.features.lake.writing import LakeWriter
@@ -50,7 +51,8 @@ async def serve(service: Service, settings: LakeWriterSettings) -> None:
         keeper = Keeper(catalog, definition, service.clock, settings.lake_upkeep_seconds)
         tasks.append(keeper.run)
     try:
-        await service.serve((), tasks)
+        async with skew_monitor(service, settings, catalog, definition):
+            await service.serve((), tasks)
         await store.flush()
     finally:
         catalog.close()

@@ -1,0 +1,265 @@
+"""Events of views out of the lake: the columns they read, the days they need, who is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from causemesh.catalogue import Catalogue
+from causemesh.codec.columns import frame_schema
+from causemesh.errors import Misdeclared, Poison
+from causemesh.lake.opening import away
+from causemesh.lake.progress import progress_of
+from causemesh.lake.reading import Lake, Selection
+from services.features.domain.corrections import reach_us
+from services.features.domain.definitions import FeatureView
+from services.features.domain.events import ViewEvents, read_events
+from services.features.lateness import LATE
+from services.features.offline.corrections import takes_corrections
+from services.features.offline.late import COLUMNS, missed_events, no_events, without
+from services.features.plan import source_numbers
+
+Told = Callable[[str], None]
+"""Hears of progress."""
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_TOGETHER = 1_000_000
+_ENVELOPE = ("tenant_id", "occurred_at")
+_PLACE = ("_partition", "_position")
+
+
+@dataclass(frozen=True)
+class TableRead:
+    """A table that was read: its topic, at which snapshot, how many records were looked at, and
+    before which event time (microseconds) it held all of them; None where nobody promised."""
+
+    topic: str
+    snapshot_id: int | None
+    records: int
+    whole_before_us: int | None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One view's events for some entities (`keys`), for answers as of `first_us` to `last_us`."""
+
+    view: FeatureView
+    keys: pl.Series
+    first_us: int
+    last_us: int
+
+    @property
+    def since_us(self) -> int | None:
+        """The earliest event that an answer may depend on; None where any may."""
+        view = self.view
+        if view.retention_us is None and any(one.window is None for one in view.features):
+            return None
+        # a correction may have occurred before the event that it is of
+        return self.first_us - (2 if takes_corrections(view) else 1) * reach_us(view)
+
+    def of(self, events: ViewEvents) -> ViewEvents:
+        """The events of the entities asked for; where the view takes corrections, all of them, as
+        a correction may come of any entity."""
+        if takes_corrections(self.view):
+            return events
+        keys = self.keys.alias("entity").to_frame()
+        rows = events.entity.alias("entity").to_frame().with_row_index("row")
+        kept = rows.join(keys, on="entity", how="semi", maintain_order="left")["row"]
+        return events.take(kept.cast(pl.Int64).to_numpy())
+
+
+@dataclass
+class LakeEvents:
+    """Reads events; `tables` is what was read, by identifier."""
+
+    lake: Lake
+    catalogue: Catalogue
+    views: Sequence[FeatureView]
+    told: Told = lambda text: None
+    tables: dict[str, TableRead] = field(default_factory=dict)
+
+    def read(self, wanted: Sequence[Wanted]) -> Iterator[tuple[FeatureView, ViewEvents]]:
+        """The events that the stream took of each view, one event type after the other.
+
+        Raises Misdeclared when the lake does not hold an event type, or not yet whole.
+        """
+        late = self._late(wanted)
+        for event_type in dict.fromkeys(one.view.event_type for one in wanted):
+            mine = [one for one in wanted if one.view.event_type == event_type]
+            for one, events in zip(mine, self._of_type(event_type, mine), strict=True):
+                yield one.view, without(one.view, events, missed_events(one.view, late))
+
+    def _of_type(self, event_type: str, wanted: Sequence[Wanted]) -> list[ViewEvents]:
+        topic = self.catalogue.topic(f"events.{event_type}")
+        siblings = [view for view in self.views if view.event_type == event_type]
+        schema = frame_schema(topic.record)
+        columns = _columns(siblings, schema)
+        source = source_numbers(self.catalogue)(topic.name, 0)
+        found: list[list[ViewEvents]] = [[] for _ in wanted]
+        for frame in self._frames(topic.name, [*columns, *_PLACE], wanted):
+            events = _as_decoded(frame, topic.record, columns).with_columns(
+                pl.col("occurred_at").to_physical().alias("occurred_at_us"),
+                (pl.col("_partition").cast(pl.Int64) + source).alias("source"),
+                pl.col("_position").alias("position"),
+            )
+            read = _read(siblings, events)
+            for parts, one in zip(found, wanted, strict=True):
+                parts.append(one.of(read[one.view.id]))
+        return [_together(one.view, parts) for one, parts in zip(wanted, found, strict=True)]
+
+    def _frames(
+        self, topic: str, columns: Sequence[str], wanted: Sequence[Wanted]
+    ) -> Iterator[pl.DataFrame]:
+        """The records of a topic that may count, some days at a time."""
+        since, until = _reach(wanted)
+        there = {one.name for one in self.lake.table(topic).schema().fields}
+        known = [name for name in columns if name in there]
+        chosen = self.lake.select(topic, since=since, until=until, columns=known)
+        records = 0
+        for part in _parts(chosen):
+            with away():
+                frame = part.lazy().collect()
+            records += frame.height
+            self.told(f"{topic}: {records:,} records read")
+            yield frame
+        identifier = self.lake.definition.table(topic).identifier
+        whole_us = progress_of(chosen.table.metadata).watermark_us()
+        self.tables[identifier] = TableRead(topic, chosen.snapshot_id, records, whole_us)
+
+    def _late(self, wanted: Sequence[Wanted]) -> pl.DataFrame:
+        """The records of what any of the views missed."""
+        identifier = self.lake.definition.table(LATE).identifier
+        if identifier not in {one.identifier for one, _ in self.lake.tables()}:
+            schema = frame_schema(self.catalogue.topic(LATE).record)
+            return pl.DataFrame(schema={name: schema[name] for name in COLUMNS})
+        since, until = _reach(wanted)
+        chosen = self.lake.select(LATE, since=since, until=until, columns=COLUMNS)
+        named = pl.col("view").is_in([one.view.id for one in wanted])
+        with away():
+            found = chosen.lazy().filter(named).collect()
+        self.tables[identifier] = TableRead(LATE, chosen.snapshot_id, found.height, None)
+        return found
+
+
+def check_whole(tables: Mapping[str, TableRead], last_us: int) -> None:
+    """Raises Misdeclared unless the tables of events hold all that occurred before `last_us`."""
+    for name, table in tables.items():
+        whole_us = table.whole_before_us
+        if table.topic != LATE and (whole_us is None or whole_us < last_us):
+            held = "no time yet" if whole_us is None else f"{instant(whole_us)}"
+            raise Misdeclared(
+                f"{name} is whole before {held}, but a request is as of {instant(last_us)}: its"
+                " events may still come; leave such requests out or wait (causemesh lake tables)"
+            )
+
+
+def _reach(wanted: Sequence[Wanted]) -> tuple[datetime | None, datetime | None]:
+    """The event time that any of these depends on."""
+    since = [one.since_us for one in wanted]
+    first_us = None if None in since else min(at_us for at_us in since if at_us is not None)
+    return instant(first_us), instant(max(one.last_us for one in wanted))
+
+
+def _as_decoded(
+    frame: pl.DataFrame, record: Mapping[str, Any], columns: Sequence[str]
+) -> pl.DataFrame:
+    """The columns as a decoder gives them: a field that came after a row has its default there."""
+    schema = frame_schema(record)
+    missing = [name for name in columns if name not in frame.columns]
+    frame = frame.with_columns(pl.lit(None).alias(name) for name in missing)
+    filled = [
+        pl.col(field["name"]).fill_null(field["default"])
+        for field in record["fields"]
+        if field["name"] in columns and field.get("default") is not None
+    ]
+    return frame.cast({name: schema[name] for name in columns}).with_columns(filled)
+
+
+def _parts(chosen: Selection) -> Iterator[Selection]:
+    """The same selection in runs of days, each of about as many records."""
+    if chosen.snapshot_id is None:
+        return
+    records: dict[int, int] = {}
+    # all files, for a plan with a filter works each file's out anew and takes thirty times as long
+    with away():
+        for task in chosen.table.scan(snapshot_id=chosen.snapshot_id).plan_files():
+            day = task.file.partition[1]
+            records[day] = records.get(day, 0) + task.file.record_count
+    first = -(2**62) if chosen.since is None else (chosen.since - _EPOCH).days
+    end = 2**62 if chosen.until is None else (chosen.until - _EPOCH).days
+    inside = {day: count for day, count in records.items() if first <= day <= end}
+    bounds = [chosen.since, *_cuts(inside), chosen.until]
+    for since, until in pairwise(bounds):
+        yield replace(chosen, since=since, until=until)
+
+
+def _cuts(records: Mapping[int, int]) -> list[datetime]:
+    """Days to cut at; `records` are by day since 1970."""
+    cuts: list[datetime] = []
+    held = 0
+    for day, count in sorted(records.items()):
+        if held and held + count > _TOGETHER:
+            cuts.append(_EPOCH + timedelta(days=day))
+            held = 0
+        held += count
+    return cuts
+
+
+def _columns(views: Iterable[FeatureView], schema: pl.Schema) -> list[str]:
+    """What the views read of an event, by name. Raises Misdeclared for what it does not have."""
+    names: dict[str, None] = dict.fromkeys(_ENVELOPE)
+    for view in views:
+        names |= dict.fromkeys(view.entity)
+        for text in [*(one.expression for one in view.columns), view.filter]:
+            if text is not None:
+                names |= dict.fromkeys(pl.sql_expr(text).meta.root_names())
+        unknown = [name for name in names if name not in schema]
+        if unknown:
+            raise Misdeclared(f"view {view.name!r}: {view.event_type} has no column {unknown[0]!r}")
+    return list(names)
+
+
+def _read(views: Sequence[FeatureView], events: pl.DataFrame) -> dict[str, ViewEvents]:
+    """What each view sees of the events.
+
+    One that a view can't take is seen by no view of its stage, as in the stream: the stage has sent
+    it to the dead letters.
+    """
+    found: dict[str, ViewEvents] = {}
+    for rekeyed in (True, False):
+        stage = [view for view in views if (view.placement == "rekeyed") == rekeyed]
+        bad: set[int] = set()
+        for view in stage:
+            try:
+                found[view.id] = read_events(view, events)
+            except Poison as poison:
+                bad |= poison.rows.keys()
+        if bad:
+            good = np.delete(np.arange(events.height), sorted(bad))
+            found |= {view.id: read_events(view, events[good]) for view in stage}
+    return found
+
+
+def _together(view: FeatureView, parts: Sequence[ViewEvents]) -> ViewEvents:
+    if not parts:
+        return no_events(view)
+    return ViewEvents(
+        pl.concat([part.entity for part in parts]),
+        np.concatenate([part.occurred_at_us for part in parts]),
+        np.concatenate([part.source for part in parts]),
+        np.concatenate([part.position for part in parts]),
+        np.concatenate([part.values for part in parts], axis=1),
+    )
+
+
+def instant(at_us: int | None) -> datetime | None:
+    """A time in microseconds as a date; None for what no date can tell."""
+    try:
+        return None if at_us is None else _EPOCH + timedelta(microseconds=at_us)
+    except OverflowError:
+        return None

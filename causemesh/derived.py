@@ -17,6 +17,7 @@ event_types:
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -100,7 +101,8 @@ def require_faust(bus: str) -> None:
         raise Misdeclared(
             "custom transforms need CAUSEMESH_BUS=kafka: Faust, which runs them, reads Kafka alone"
         )
-    if find_spec("faust") is None:
+    # once imported, Faust has put another module in its own place, which has no spec
+    if "faust" not in sys.modules and find_spec("faust") is None:
         raise Misdeclared("custom transforms need Faust: pip install 'causemesh[transforms]'")
 
 
@@ -118,7 +120,9 @@ def check_input(path: Path, transform: Transform, name: str, record: Mapping[str
 
 def topics_of(transform: Transform, entry: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The entries of its topics, as in schemas/catalogue.yaml; that of the output has no record."""
-    ours = {"owner": "features", "producers": ["features"]}
+    ours: dict[str, Any] = {"owner": "features", "producers": ["features"]}
+    if "partitions" in entry:
+        ours["partitions"] = entry["partitions"]
     return {
         transform.feed: {
             **ours,

@@ -86,14 +86,13 @@ class World:
             **cluster.environment(),
             "CAUSEMESH_PROJECT": str(folder),
             "CAUSEMESH_API_TOKEN": TOKEN,
-            "CAUSEMESH_PARTITIONS": str(PARTITIONS),
             "CAUSEMESH_SESSION_TIMEOUT_MS": "3000",
             "CAUSEMESH_TRANSFORMS_BATCH": "40",
             "POLARS_MAX_THREADS": "1",
             "PYTHONUNBUFFERED": "1",
         }
         self._write_project()
-        self.catalogue = Catalogue.load([folder], partitions=PARTITIONS)
+        self.catalogue = Catalogue.load([folder])
         self.transform = self.catalogue.transforms[self.out]
         self.bus = KafkaBus(cluster.kafka_bootstrap)
         self.registry = HttpRegistry(cluster.registry_url)
@@ -105,8 +104,13 @@ class World:
         transform = {"file": "transforms/counting.py", "function": "counted"}
         transform |= {"inputs": [self.step], "by": "who", "scope": "shared"}  # type: ignore[dict-item]
         types = {
-            self.step: {"record": "Step", "key": "step_id"},
-            self.out: {"record": "Counted", "key": "who", "transform": transform},
+            self.step: {"record": "Step", "key": "step_id", "partitions": PARTITIONS},
+            self.out: {
+                "record": "Counted",
+                "key": "who",
+                "partitions": PARTITIONS,
+                "transform": transform,
+            },
         }
         for name in ("events", "transforms"):
             (self.folder / name).mkdir(parents=True)
@@ -117,11 +121,18 @@ class World:
 
     async def open(self) -> None:
         admin = self.bus.admin()
-        await admin.ensure(list(self.catalogue.topics.values()))
+        topics = [
+            *(self.transform.sources),
+            self.transform.feed,
+            self.transform.state,
+            self.transform.output,
+            DEADLETTERS,
+        ]
+        await admin.ensure([self.catalogue.topic(name) for name in topics])
         async with asyncio.timeout(60):
             while True:
                 try:
-                    await admin.ends(list(self.catalogue.topics))
+                    await admin.ends(topics)
                     break
                 except Retryable as error:
                     await asyncio.sleep(error.retry_after)

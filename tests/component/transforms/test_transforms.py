@@ -106,7 +106,6 @@ async def test_the_mesh_runs_it_and_faust_makes_no_topic(
     home.mkdir()
     choose_ports(home / "service-ports.json", dict.fromkeys(API_PORTS, 0))
     mesh = Mesh(home, cluster, world.folder, [TRANSFORMS])
-    mesh.extra = {"CAUSEMESH_PARTITIONS": str(PARTITIONS)}
     try:
         await asyncio.to_thread(mesh.up)
         await world.produce([("a", 1), ("b", 2), (None, 3), ("a", 4)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,13 @@ def test_a_transform_has_three_topics(tmp_path: Path) -> None:
     assert output.producers == ("features",)
     assert {"features", "drift", "billing", "agents", "lake"} == set(output.consumers)
     assert "inbox.total" not in catalogue.topics
+
+
+def test_its_partitions_are_those_of_all_its_topics(tmp_path: Path) -> None:
+    catalogue = Catalogue.load([project(tmp_path, partitions=7)])
+    one = catalogue.transforms["total"]
+    assert {catalogue.topic(name).partitions for name in (one.feed, one.state, one.output)} == {7}
+    assert catalogue.topic("events.paid").partitions == 4
 
 
 @pytest.mark.parametrize(
@@ -149,6 +157,7 @@ def test_a_project_with_a_transform_runs_its_process(
     with pytest.raises(Misdeclared, match="CAUSEMESH_BUS=kafka"):
         processes(tmp_path)
     monkeypatch.delenv("CAUSEMESH_BUS")
+    monkeypatch.delitem(sys.modules, "faust", raising=False)
     monkeypatch.setattr(derived, "find_spec", lambda name: None)
     with pytest.raises(Misdeclared, match=r"pip install 'causemesh\[transforms\]'"):
         processes(tmp_path)

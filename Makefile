@@ -111,7 +111,7 @@ LOCK := $(BIN)/uv pip compile --quiet --generate-hashes --no-header --no-emit-in
 IMAGE_LOCK := $(LOCK) --constraint requirements/dev.txt --extra cli --extra pulsar
 
 lock: $(STAMP) ## Pin every dependency with its hashes
-	$(LOCK) --extra inference --extra billing --extra pulsar --extra lake --extra local --extra flights \
+	$(LOCK) --extra inference --extra billing --extra pulsar --extra lake --extra transforms --extra local --extra flights \
 	  --extra dev pyproject.toml --output-file requirements/dev.txt
 	$(LOCK) requirements/bench.in --output-file requirements/bench.txt
 	$(MAKE) --no-print-directory lock-images

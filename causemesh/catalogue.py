@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import yaml
 
+from causemesh.derived import Transform, check_input, read_transform, topics_of
 from causemesh.errors import Misdeclared
 from causemesh.schemas import check_record
 
@@ -27,6 +28,8 @@ Schema = dict[str, Any]
 SERVICES = ("ingest", "features", "inference", "agents", "billing", "drift")
 LAKE = "lake"
 """The process that writes topics to the data lake; features' code, with a name of its own."""
+TRANSFORMS = "transforms"
+"""The process of a project's custom transforms; features' code too."""
 WATERMARK = "causemesh.Watermark"
 DEADLETTERS = "mesh.deadletters.v1"
 NO_TENANT = "-"
@@ -39,7 +42,7 @@ _TOPIC_FIELDS = {
 _EVENT_FIELDS = frozenset(
     [
         *("record", "key", "watermark", "lateness_seconds", "partitions", "retention_days"),
-        *("lake", "lake_retention_days", "about"),
+        *("lake", "lake_retention_days", "about", "transform"),
     ]
 )
 _OF_EVENT_TYPES = ("partitions", "retention_days", "lake", "lake_retention_days")
@@ -135,6 +138,8 @@ class Catalogue:
     event_types: Mapping[str, EventType]
     controls: Mapping[str, Schema] = field(default_factory=dict)
     requests: Progress = Progress()
+    transforms: Mapping[str, Transform] = field(default_factory=dict)
+    """By the event type that they make, which is not among `event_types`."""
 
     @classmethod
     def load(cls, projects: Sequence[Path] = (), *, partitions: int | None = None) -> Catalogue:
@@ -147,9 +152,11 @@ class Catalogue:
             loader = _Loader(folder, partitions)
             loader.read_topics(folder / "catalogue.yaml")
             controls = {WATERMARK: loader.avsc(folder / "records" / "Watermark.avsc")}
-        for project in projects:
-            loader.read_project(Path(project))
-        catalogue = cls(loader.topics, loader.event_types, controls, loader.requests)
+            for project in projects:
+                loader.read_project(Path(project))
+        catalogue = cls(
+            loader.topics, loader.event_types, controls, loader.requests, loader.transforms
+        )
         catalogue._check()
         return catalogue
 
@@ -209,6 +216,7 @@ class _Loader:
         self.defaults: dict[str, Any] = {}
         self.topics: dict[str, Topic] = {}
         self.event_types: dict[str, EventType] = {}
+        self.transforms: dict[str, Transform] = {}
         self.requests = Progress()
         self.envelopes = {
             form: self.avsc(folder / "envelope" / f"{form}.avsc")["fields"]
@@ -249,12 +257,15 @@ class _Loader:
             self._add_event_type(path, name, entry)
 
     def _add_event_type(self, path: Path, name: str, entry: Mapping[str, Any]) -> None:
-        if name in self.event_types or name == "requests":
+        if name in self.event_types or name in self.transforms or name == "requests":
             raise Misdeclared(f"event type {name!r} is declared twice (requests is the mesh's own)")
         record = self.avsc(path.parent / "events" / f"{entry['record']}.avsc")
         columns = {column["name"] for column in record["fields"]}
         if entry["key"] not in columns:
             raise Misdeclared(f"event type {name!r}: key {entry['key']!r} is not a field of it")
+        if "transform" in entry:
+            self._add_transform(path, name, entry, record)
+            return
         kind = EventType(
             name,
             entry["key"],
@@ -282,6 +293,24 @@ class _Loader:
         }
         self._add(kind.inbox, {**common, **inbox}, record)
         self._add(kind.events, {**common, **events}, record)
+
+    def _add_transform(
+        self, path: Path, name: str, entry: Mapping[str, Any], record: Schema
+    ) -> None:
+        transform = read_transform(path, name, entry)
+        for one in transform.inputs:
+            if f"events.{one}" not in self.topics:
+                raise Misdeclared(f"{path}: {name}: declare its input {one} above it")
+            check_input(path, transform, one, self.topics[f"events.{one}"].record)
+        common = {key: entry[key] for key in _OF_EVENT_TYPES if key in entry}
+        for topic, made in topics_of(transform, entry).items():
+            if topic == transform.output:
+                self._add(topic, {**common, **made}, record)
+            else:
+                self._add(
+                    topic, made, self.avsc(self.folder / "records" / f"{made['record']}.avsc")
+                )
+        self.transforms[name] = transform
 
     def _add(self, name: str, entry: Mapping[str, Any], record: Schema) -> None:
         form: Form = entry["form"]

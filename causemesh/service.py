@@ -7,7 +7,7 @@ import contextlib
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
@@ -82,6 +82,8 @@ class Service:
         self._topics: set[str] = set()
         self._producers: list[Producer] = []
         self._outbox = False
+        self.probes: list[Callable[[], Mapping[str, str]]] = []
+        """What else must be ready, beside the runners; see `create_app`."""
 
     def emitter(self, writes: Sequence[str]) -> Emitter:
         """Sends to declared topics. Raises Misdeclared when this service may not write one."""
@@ -200,11 +202,14 @@ class Service:
 
     async def _missing(self) -> dict[str, str]:
         """What keeps the service from its work: partitions with no worker at all."""
-        return {
+        idle = {
             stage.group: "owns no partition yet"
             for stage, runner in zip(self._stages, self.runners, strict=True)
             if not runner.workers
         }
+        for probe in self.probes:
+            idle |= probe()
+        return idle
 
     async def _ensure_topics(self) -> None:
         """Create the topics this service touches, so that services start in any order."""

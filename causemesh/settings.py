@@ -18,6 +18,7 @@ API_PORTS = {
     "billing": 8105,
     "drift": 8106,
     "lake": 8107,
+    "transforms": 8108,
 }
 """The default port of each service's admin API."""
 

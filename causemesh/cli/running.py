@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from causemesh.catalogue import LAKE, SERVICES
+from causemesh.catalogue import LAKE, SERVICES, TRANSFORMS, Catalogue
+from causemesh.derived import require_faust
 from causemesh.errors import Misdeclared
 from causemesh.lake import require_libraries
 from causemesh.lake.definitions import LAKE_FILE
@@ -69,17 +70,22 @@ def up(home: Path, project: Path, progress: Progress, *, partitions: int | None 
 
 
 def processes(project: Path) -> tuple[str, ...]:
-    """What to run: the services, and the lake's writer for a project with a lake.yaml.
+    """What to run: the services, and what the project asks for: the lake's writer, its transforms.
 
-    CAUSEMESH_LAKE=off leaves the writer out. Raises Misdeclared when the extra is not installed.
+    CAUSEMESH_LAKE=off leaves the writer out. Raises Misdeclared when an extra is not installed, or
+    the broker is none for transforms.
     """
     wanted = os.environ.get("CAUSEMESH_LAKE", "on")
     if wanted not in ("on", "off"):
         raise Misdeclared(f"CAUSEMESH_LAKE must be on or off, not {wanted!r}")
-    if wanted == "off" or not (project / LAKE_FILE).exists():
-        return SERVICES
-    require_libraries()
-    return (*SERVICES, LAKE)
+    chosen = list(SERVICES)
+    if wanted == "on" and (project / LAKE_FILE).exists():
+        require_libraries()
+        chosen.append(LAKE)
+    if Catalogue.load([project]).transforms:
+        require_faust(ServiceSettings().bus)
+        chosen.append(TRANSFORMS)
+    return tuple(chosen)
 
 
 def settings_on(

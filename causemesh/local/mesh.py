@@ -15,7 +15,7 @@ from pathlib import Path
 
 import httpx
 
-from causemesh.catalogue import LAKE, SERVICES
+from causemesh.catalogue import LAKE, SERVICES, TRANSFORMS
 from causemesh.errors import Fatal, Misdeclared
 from causemesh.local.cluster import Cluster, Endpoints, ServerStatus
 from causemesh.local.ports import choose_ports, require_free
@@ -28,7 +28,10 @@ _POLL_S = 0.25
 _CRASH_LOOP = 5
 _STEADY_S = 20.0
 _OF_LAKE = "CAUSEMESH_LAKE_"
-_MODULES = {LAKE: "services.features.lake.app"}
+_MODULES = {
+    LAKE: "services.features.lake.app",
+    TRANSFORMS: "services.features.transforms.app",
+}
 """The processes that are not a service's own app."""
 
 
@@ -38,7 +41,7 @@ class Mesh:
     def __init__(
         self, home: Path, endpoints: Endpoints, project: Path, services: Sequence[str] = SERVICES
     ) -> None:
-        known = (*SERVICES, LAKE)
+        known = (*SERVICES, LAKE, TRANSFORMS)
         unknown = sorted(set(services) - set(known))
         if unknown:
             raise Misdeclared(f"unknown services {unknown}; known: {', '.join(known)}")

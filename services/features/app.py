@@ -9,12 +9,13 @@ import yaml
 from causemesh.log import LogReader
 from causemesh.runner import Limits, Stage
 from causemesh.service import open_service, run_process
-from services.features.api import routes
+from services.features.api import Sources, routes
 from services.features.domain.feature_store import FeatureStore
 from services.features.domain.parsing import parse_views
 from services.features.domain.transforms import parse_transforms
 from services.features.explaining import Explainer
 from services.features.handlers import Join, Rekey
+from services.features.history import History
 from services.features.lateness import LATE
 from services.features.plan import REQUESTS, ROLLOUTS, VERSIONS, Plan, source_numbers, tasks_topic
 from services.features.publishing import VECTORS
@@ -70,10 +71,21 @@ async def main() -> None:
         def joins() -> dict[int, Join]:
             return {number: cast(Join, one.processor) for number, one in runner.workers.items()}
 
+        def watermarks() -> dict[int, int]:
+            return {number: one.watermarks.least() for number, one in runner.workers.items()}
+
         log = LogReader(service.bus, catalogue, service.decoder)
         explainer = Explainer(log, plan.views, source_numbers(catalogue))
-        partitions = catalogue.topic(REQUESTS).partitions
-        await service.serve([routes(plan, joins, partitions, explainer)])
+        sources = Sources(
+            joins,
+            watermarks,
+            service.clock.now_us,
+            lambda topic: catalogue.topic(topic).retention_days,
+            catalogue.topic(REQUESTS).partitions,
+            settings.memory_mb * 2**20,
+        )
+        history = History(log, source_numbers(catalogue))
+        await service.serve([routes(plan, sources, explainer, history)])
 
 
 if __name__ == "__main__":

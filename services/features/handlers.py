@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -121,6 +122,7 @@ class Join:
         self._clock = clock
         self._publish_seconds = publish_seconds
         self._units = 0
+        self.evicted: Counter[str] = Counter()  # entities by view, since this worker began
         self._entities = sorted({name for view in plan.views for name in view.request_entity})
         self.restore(None)
 
@@ -323,6 +325,7 @@ class Join:
         self._units += 1
         if self._units % _EVICT_UNITS == 0:
             for view, number in self.state.evict_by_view().items():
+                self.evicted[view] += number
                 self._count("entities_evicted", view, number)
 
     def models(self) -> Mapping[str, Any]:

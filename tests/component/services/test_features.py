@@ -118,5 +118,30 @@ async def check_shown(outside: Outside, tenant: str) -> None:
     )
     untold = await outside.ask("features", "GET", path)
     assert untold.status_code == 422
+    await check_read(outside, tenant, path)
     answer = await outside.ask("features", "GET", "/views", headers={"Authorization": "no"})
     assert answer.status_code == 401
+
+
+async def check_read(outside: Outside, tenant: str, path: str) -> None:
+    """Many vectors at once, the past from the log, and how the state is."""
+    sensors = [{"sensor": f"{tenant}-s"}, {"sensor": f"{tenant}-none"}]
+    body = {"view": "sensor_readings@v1", "tenant_id": tenant, "entities": sensors}
+    told = await outside.done("features", "POST", "/vectors", json=body)
+    assert [(row["status"], row["values"]) for row in told["rows"]] == [
+        ("found", [3.0, 3.0, 6.0]),
+        ("unknown", None),
+    ]
+    past = await outside.done(
+        "features", "GET", f"{path}/history", params={"tenant_id": tenant, "limit": 2}
+    )
+    assert [point["values"] for point in past["points"]][-1] == [3.0, 3.0, 6.0]
+    # two readings of one microsecond are one point
+    assert len(past["points"]) + past["skipped"] in (2, 3)
+    fresh = await outside.done("features", "GET", "/freshness")
+    assert len(fresh) == 2 * 4
+    assert all(one["applied_until_us"] is not None for one in fresh)
+    counts = await outside.done("features", "GET", "/cardinality")
+    assert sum(counts[0]["entities"].values()) >= 1
+    costs = await outside.done("features", "GET", "/memory")
+    assert costs["total_bytes"] > 0

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr, ValidationError
 
-from causemesh.catalogue import LAKE, SERVICES
+from causemesh.catalogue import LAKE, SERVICES, TRANSFORMS
 from causemesh.errors import Misdeclared
 from causemesh.settings import API_PORTS, ServiceSettings
 from services.billing.settings import BillingSettings
@@ -41,8 +41,8 @@ def test_a_project_file_is_found_or_the_message_says_what_to_do(tmp_path: Path) 
 
 
 def test_every_service_has_a_port_of_its_own() -> None:
-    assert tuple(API_PORTS) == (*SERVICES, LAKE)
-    assert len(set(API_PORTS.values())) == len(SERVICES) + 1
+    assert tuple(API_PORTS) == (*SERVICES, LAKE, TRANSFORMS)
+    assert len(set(API_PORTS.values())) == len(SERVICES) + 2
 
 
 def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

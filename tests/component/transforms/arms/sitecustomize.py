@@ -1,0 +1,21 @@
+"""Loaded by every Python process whose PYTHONPATH names this folder: a transforms process in which
+one protection is off. The control arms; nothing else may load it."""
+
+import os
+import sys
+
+if "services.features.transforms.app" in sys.orig_argv:
+    from services.features.transforms import stream
+    from services.features.transforms.rows import Row
+    from services.features.transforms.worker import TransformWorker
+
+    async def _ours(*_: object) -> bool:
+        return True
+
+    stream._COMMIT_S = 0.1  # Faust's own offsets run ahead of the tables that much sooner
+    if os.environ["CAUSEMESH_TEST_ARM"] == "marks":
+        Row.seen = lambda self, source, mark: False  # type: ignore[method-assign]
+    if os.environ["CAUSEMESH_TEST_ARM"] == "fence":
+        TransformWorker._still_ours = _ours  # type: ignore[method-assign]
+    if os.environ["CAUSEMESH_TEST_ARM"] == "positions":
+        del stream._Consumer.perform_seek

@@ -94,11 +94,13 @@ class Emission:
     """What one unit of work sends.
 
     `promises` maps an input topic to a watermark (microseconds) that replaces the one read from it,
-    for processors that hold records back or make watermarks themselves.
+    for processors that hold records back or make watermarks themselves. `commit` asks for the
+    checkpoint with this unit, though none may be due: state changed by itself.
     """
 
     outgoing: Sequence[Outgoing] = ()
     promises: Mapping[str, int] = field(default_factory=dict)
+    commit: bool = False
 
 
 class Processor(Protocol):

@@ -91,7 +91,7 @@ class KeptEvents:
         at = np.searchsorted(targets[newest], every.values[self._id])
         fix = newest[np.minimum(at, len(newest) - 1)]
         early_us = every.occurred_at_us - every.occurred_at_us[fix]
-        return (targets[fix] == every.values[self._id]) & (early_us <= self._reach_us)
+        return np.asarray((targets[fix] == every.values[self._id]) & (early_us <= self._reach_us))
 
     def memory_bytes(self) -> int:
         """Bytes of the columns."""

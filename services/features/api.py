@@ -56,11 +56,12 @@ def routes(
                 "features": list(view.feature_names),
                 "entity_bytes": entity_bytes(view),
                 **_held_now(view, joins()),
+                **_past_of(view, joins()),
             }
             for view in plan.views
         ]
 
-    @api.get("/views/{name}/entities/{entity}", tags=["views"], responses=failures(404, 421))
+    @api.get("/views/{name}/entities/{entity}", tags=["views"], responses=failures(404, 409, 421))
     async def read_vector(name: str, entity: str, tenant_id: str | None = None) -> dict[str, Any]:
         """An entity's current features, of `name` or `name@vN`.
 
@@ -70,6 +71,8 @@ def routes(
         if view is None:
             raise Problem(404, "not_found", f"no view {name!r}; known: {sorted(views)}")
         held = _held(view, entity.split(","), tenant_id, joins(), partitions)
+        if view.id in held.join.backfills.held:
+            raise Problem(409, "view_backfilling", held.join.backfills.reason(view.id))
         state = held.join.state.store.views[view.id]
         if held.entity not in state.entities:
             raise Problem(404, "not_found", f"{name} has seen no event of {entity!r}")
@@ -102,6 +105,31 @@ def _held_now(view: FeatureView, joins: Mapping[int, Join]) -> dict[str, int]:
     return {
         "entities": sum(len(state.index) for state in states),
         "memory_bytes": sum(state.memory_bytes() for state in states),
+    }
+
+
+def _instant(at_us: int) -> str:
+    try:
+        return datetime.fromtimestamp(at_us / 1e6, UTC).isoformat()
+    except (OverflowError, ValueError):  # neither the lake nor the log held any of it
+        return "unknown"
+
+
+def _past_of(view: FeatureView, joins: Mapping[int, Join]) -> dict[str, Any]:
+    """How far a view is that began in the middle, over all partitions of this instance.
+
+    `complete_from` is null where nothing that an answer can see is missing.
+    """
+    shown = {number: join.backfills.shown(view.id) for number, join in joins.items()}
+    slowest = min(shown.values(), key=lambda one: one.rank, default=None)
+    since = [at for one in shown.values() if (at := one.complete_from_us) is not None]
+    return {
+        "state": "offered" if slowest is None else slowest.state,
+        "percent": 100 if slowest is None else slowest.percent,
+        "waits_for": None if slowest is None else slowest.waits,
+        "cuts": {number: one.cuts for number, one in shown.items() if one.cuts},
+        "unfit_events": max((one.unfit for one in shown.values()), default=0),
+        "complete_from": _instant(max(since)) if since else None,
     }
 
 

@@ -157,7 +157,9 @@ def test_stripe_at_its_worst(calm: Summary) -> None:
 
 def test_services_that_end_at_every_step(calm: Summary) -> None:
     """ingest, inference, features and billing each end themselves at every step of theirs."""
-    undone_by(calm, ",".join(f"fault:{point}" for point in Point))
+    # no view is new in a replay; tests/e2e/test_backfill.py goes through those steps
+    points = [point for point in Point if not point.startswith("backfill.")]
+    undone_by(calm, ",".join(f"fault:{point}" for point in points))
 
 
 def test_control_without_marks_the_check_fails(calm: Summary) -> None:

@@ -11,8 +11,9 @@ own code:
   and the same without a lake;
 - example: the six views of the example, which see 14 days at most.
 
-CPU is of the whole process, threads included; the machine may be shared. How many events went into
-the states is compared with a recount.
+CPU is of the whole process, threads included; the machine may be shared. A task beside it in the
+event loop notes how much later than it should it goes on: so long would a request wait. How many
+events went into the states is compared with a recount.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import asyncio
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ from services.features.plan import source_numbers
 PROJECT = Path(__file__).parents[1] / "examples" / "flights"
 PARTITIONS, COMMIT = 4, 200_000
 _DAY_US = 86_400_000_000
+_TICK_S = 0.005
 _YEAR = {"*": ["count 364d"], "delay": ["mean 364d", "p90 364d", "latest"]}
 _LANDED = {"event": "flight_landed", "columns": {"delay": "arrival_delay_minutes"}}
 _DEPARTED = {"event": "flight_departed", "columns": {"delay": "departure_delay_minutes"}}
@@ -182,15 +184,33 @@ class Year:
 def measured(year: Year, views: Sequence[FeatureView], lake: bool) -> Figures:
     """One run."""
     began, cpu = time.monotonic(), time.process_time()
-    events = asyncio.run(year.backfilled(views, lake))
+    events, held_ms = asyncio.run(_beside(year.backfilled(views, lake)))
     figures = {
         "events": float(events),
+        "loop_held_p99_ms": float(np.percentile(held_ms, 99)),
+        "loop_held_most_ms": max(held_ms),
         "cpu_seconds": time.process_time() - cpu,
         "seconds": time.monotonic() - began,
     }
     if events != year.counted(views):
         raise RuntimeError(f"{events} events are in the states, not {year.counted(views)}")
     return {**figures, "events_per_second": events / figures["seconds"]}
+
+
+async def _beside(work: Coroutine[Any, Any, int]) -> tuple[int, list[float]]:
+    """The work's result, and how much later than it should something else in the loop went on."""
+    held_ms: list[float] = []
+
+    async def tick() -> None:
+        while True:
+            began = time.monotonic()
+            await asyncio.sleep(_TICK_S)
+            held_ms.append((time.monotonic() - began - _TICK_S) * 1e3)
+
+    ticking = asyncio.create_task(tick())
+    result = await work
+    ticking.cancel()
+    return result, held_ms
 
 
 def _caused(frame: pl.DataFrame, kind: str, number: int) -> pl.DataFrame:
@@ -208,13 +228,20 @@ def _caused(frame: pl.DataFrame, kind: str, number: int) -> pl.DataFrame:
     return frame.with_columns(cause.to_struct("cause"))
 
 
-def main(told: Sequence[str] | None = None) -> None:
+def _told(one: Figures) -> str:
+    held = (
+        f"the loop held {one['loop_held_p99_ms']:.0f} ms p99, {one['loop_held_most_ms']:.0f} most"
+    )
+    return f"{one['seconds']:.1f} s ({one['cpu_seconds']:.1f} CPU; {held})"
+
+
+def main(asked_for: Sequence[str] | None = None) -> None:
     """Measure and save."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--months", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dry", action="store_true", help="print, save nothing")
-    asked = parser.parse_args(told)
+    asked = parser.parse_args(asked_for)
     folder = Path(tempfile.mkdtemp(prefix="causemesh-backfill-"))
     try:
         year = Year(folder, asked.months)
@@ -232,9 +259,7 @@ def main(told: Sequence[str] | None = None) -> None:
         shutil.rmtree(folder)
     show(arms, found)
     for arm in arms:
-        told = ", ".join(
-            f"{o['seconds']:.1f} s ({o['cpu_seconds']:.1f} CPU)" for o in found[arm.name]
-        )
+        told = ", ".join(map(_told, found[arm.name]))
         print(f"{arm.name}: {told}")
     if not asked.dry:
         about = {"records": records, "files": year.files, "partitions": PARTITIONS}

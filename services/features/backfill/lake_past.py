@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from functools import cached_property
 
 import numpy as np
 import polars as pl
-import pyarrow as pa
-import pyarrow.dataset as ds
 from pyiceberg.manifest import DataFile
 from pyiceberg.table import Table
 
@@ -17,14 +16,14 @@ from causemesh.catalogue import Topic
 from causemesh.codec.columns import frame_schema
 from causemesh.lake.opening import away
 from causemesh.lake.progress import TableProgress, progress_of
-from causemesh.lake.reading import Lake
-from causemesh.lake.sql import dataset
+from causemesh.lake.reading import Lake, Selection
 from causemesh.lake.tables import load
 from causemesh.lake.upkeep import horizon
 from services.features.backfill.filling import SourceNumber
 
 _DAY_US = 86_400_000_000
-_ROWS = 200_000  # of a frame
+_ROWS = 500_000  # read at once, or the rows of one day
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _PLACE = ("_partition", "_position")
 
 
@@ -76,28 +75,32 @@ class LakePast:
 
     def frames(self, columns: Collection[str], from_us: int | None) -> Iterator[pl.DataFrame]:
         """The rows since `from_us` as the engine reads events, in no order."""
-        with away():
-            files = dataset(self.table)
-            if files is None:
-                return
-            names = [name for name in sorted(columns) if name in files.schema.names]
-            since = None
-            if from_us is not None:
-                since = ds.field("occurred_at") >= pa.scalar(from_us, pa.timestamp("us", "UTC"))
-            waiting: list[pa.RecordBatch] = []
-            count = 0
-            for batch in files.to_batches(columns=[*names, *_PLACE], filter=since):
-                waiting.append(batch)
-                count += batch.num_rows
-                if count >= _ROWS:
-                    yield self._frame(waiting, columns)
-                    waiting, count = [], 0
-            if count:
-                yield self._frame(waiting, columns)
+        there = {field.name for field in self.table.schema().fields}
+        names = (*sorted(there.intersection(columns)), *_PLACE)
+        now = self.table.current_snapshot()
+        for first, last in self._stretches(from_us):
+            since_us = first * _DAY_US if from_us is None else max(first * _DAY_US, from_us)
+            bounds = _instant(since_us), _instant((last + 1) * _DAY_US)
+            with away():
+                assert now is not None, "there are files"
+                chosen = Selection(self.table, now.snapshot_id, None, *bounds, names)
+                rows = chosen.lazy().collect()
+            yield self._frame(rows, columns)
 
-    def _frame(self, batches: Sequence[pa.RecordBatch], columns: Collection[str]) -> pl.DataFrame:
-        rows = pl.from_arrow(pa.Table.from_batches(batches))
-        assert isinstance(rows, pl.DataFrame)
+    def _stretches(self, from_us: int | None) -> Iterator[tuple[int, int]]:
+        """First and last days of stretches that are read at once."""
+        counts: dict[int, int] = {}
+        for one in self._files:
+            counts[_day(one)] = counts.get(_day(one), 0) + one.record_count
+        days = sorted(day for day in counts if from_us is None or (day + 1) * _DAY_US > from_us)
+        first, rows = None, 0
+        for day in days:
+            first, rows = day if first is None else first, rows + counts[day]
+            if rows >= _ROWS or day == days[-1]:
+                yield first, day
+                first, rows = None, 0
+
+    def _frame(self, rows: pl.DataFrame, columns: Collection[str]) -> pl.DataFrame:
         partitions = self.topic.partitions
         numbers = np.array([self.source_number(self.topic.name, k) for k in range(partitions)])
         placed = [
@@ -106,6 +109,14 @@ class LakePast:
             rows["_position"].alias("position"),
         ]
         return pl.DataFrame([*as_decoded(self.topic, rows, columns), *placed])
+
+
+def _instant(at_us: int) -> datetime | None:
+    """None beyond the year 9999, where no row can be."""
+    try:
+        return _EPOCH + timedelta(microseconds=at_us)
+    except OverflowError:
+        return None
 
 
 def _day(file: DataFile) -> int:

@@ -44,6 +44,10 @@ class Point(StrEnum):
     LAKE_COMMITTED = "lake.committed"
     LAKE_COMPACTED = "lake.compacted"
     LAKE_SWEEPING = "lake.sweeping"
+    BACKFILL_PLACED = "backfill.placed"
+    BACKFILL_READ = "backfill.read"
+    BACKFILL_COMPUTED = "backfill.computed"
+    BACKFILL_MERGED = "backfill.merged"
 
 
 class Action(StrEnum):

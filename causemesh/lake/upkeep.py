@@ -155,8 +155,8 @@ def retain(catalog: Catalog, definition: TableDefinition) -> int:
     def decide(table: Table, progress: TableProgress) -> Change | None:
         nonlocal gone
         files = [task.file for task in table.scan().plan_files()]
-        horizon = _horizon(files, progress, definition.retention_days)
-        old = [one for one in files if one.partition[1] < horizon]
+        first = horizon(files, progress, definition.retention_days)
+        old = [one for one in files if one.partition[1] < first]
         gone = sum(one.record_count for one in old)
         return Change(progress, (), old) if old else None
 
@@ -164,8 +164,8 @@ def retain(catalog: Catalog, definition: TableDefinition) -> int:
     return gone
 
 
-def _horizon(files: Sequence[DataFile], progress: TableProgress, days: int) -> int:
-    """The first day (since 1970) that stays."""
+def horizon(files: Sequence[DataFile], progress: TableProgress, days: int) -> int:
+    """The first day (since 1970) that `retain` leaves."""
     newest = max((int(one.partition[1]) for one in files), default=0)
     whole_us = progress.watermark_us()
     reached = newest if whole_us is None else min(newest, whole_us // _DAY_US)

@@ -96,12 +96,14 @@ class Emission:
     `promises` maps an input topic to a watermark (microseconds) that replaces the one read from it,
     for processors that hold records back or make watermarks themselves. `refused` are batches with
     the frame rows that a part of the processor could not take, and why: they become dead letters
-    although the rest of the processor took them (`Poison` is for rows that none takes).
+    although the rest of the processor took them (`Poison` is for rows that none takes). `commit`
+    asks for the checkpoint with this unit, though none may be due: state changed by itself.
     """
 
     outgoing: Sequence[Outgoing] = ()
     promises: Mapping[str, int] = field(default_factory=dict)
     refused: Sequence[tuple[Batch, Mapping[int, str]]] = ()
+    commit: bool = False
 
 
 class Processor(Protocol):

@@ -161,7 +161,8 @@ class PartitionWorker:
             if batches:
                 reach(Point.WORKER_SENT)
             self._promised.update(promises)
-            if self._commit_is_due(moved=watermark != self._seen_watermark, idle=idle):
+            moved = watermark != self._seen_watermark
+            if emission.commit or self._commit_is_due(moved=moved, idle=idle):
                 checkpoint = self._checkpoint()
                 reach(Point.WORKER_COMMITTING)
                 await unit.commit(checkpoint)

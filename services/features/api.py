@@ -26,6 +26,7 @@ from services.features.inspection import (
     definition,
     freshness,
     memory,
+    past_of,
 )
 from services.features.plan import Plan
 from services.features.retrieval import Held, VectorRow, key_of, named_parts, vectors_of
@@ -149,6 +150,7 @@ def _definitions(
                 "fingerprint": view.fingerprint,
                 "entity_bytes": entity_bytes(view),
                 **_held_now(view, sources.joins()),
+                **past_of(view, sources.joins()),
             }
             for view in plan.views
         ]
@@ -160,7 +162,7 @@ def _definitions(
 
 
 def _vectors(api: APIRouter, views: Mapping[str, FeatureView], sources: Sources) -> None:
-    @api.get("/views/{name}/entities/{entity}", tags=["views"], responses=failures(404, 421))
+    @api.get("/views/{name}/entities/{entity}", tags=["views"], responses=failures(404, 409, 421))
     async def read_vector(name: str, entity: str, tenant_id: str | None = None) -> dict[str, Any]:
         """An entity's current features, of `name` or `name@vN`.
 
@@ -172,6 +174,9 @@ def _vectors(api: APIRouter, views: Mapping[str, FeatureView], sources: Sources)
         if row.status == "elsewhere":
             where = f"partition {row.partition} is held by another instance"
             raise Problem(421, "held_elsewhere", where)
+        if row.status == "backfilling":
+            backfills = sources.joins()[row.partition].backfills
+            raise Problem(409, "view_backfilling", backfills.reason(view.id))
         if row.values is None:
             raise Problem(404, "not_found", f"{name} has seen no event of {entity!r}")
         features = dict(zip(view.feature_names, row.values, strict=True))

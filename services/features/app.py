@@ -10,6 +10,9 @@ from causemesh.log import LogReader
 from causemesh.runner import Limits, Stage
 from causemesh.service import open_service, run_process
 from services.features.api import Sources, routes
+from services.features.backfill.history import History as Pasts
+from services.features.backfill.log_past import LogPast
+from services.features.backfill.running import Backfiller, lake_of
 from services.features.domain.feature_store import FeatureStore
 from services.features.domain.parsing import parse_views
 from services.features.domain.transforms import parse_transforms
@@ -49,6 +52,7 @@ async def main() -> None:
             (*map(tasks_topic, LANES), VECTORS, LATE),
             (*plan.broadcast, VERSIONS, ROLLOUTS),
         )
+        log_past = LogPast(service.bus, catalogue, service.decoder)
         runner = service.runner(
             stage,
             lambda partition: Join(
@@ -59,6 +63,8 @@ async def main() -> None:
                 clock=service.clock,
                 publish_seconds=settings.publish_seconds if settings.publish_vectors else None,
                 count=lambda kind, view, number: outcomes.labels(kind, view).inc(number),
+                positions=lambda: runner.workers[partition].positions,
+                ends=log_past.ends,
             ),
             Limits(
                 max_records=20_000,
@@ -85,7 +91,10 @@ async def main() -> None:
             settings.memory_mb * 2**20,
         )
         history = History(log, source_numbers(catalogue))
-        await service.serve([routes(plan, sources, explainer, history)])
+        find_past = lake_of(catalogue, settings.project, settings.postgres_url)
+        pasts = Pasts(catalogue, log_past, find_past)
+        backfiller = Backfiller(lambda: list(joins().values()), pasts, service.clock)
+        await service.serve([routes(plan, sources, explainer, history)], [backfiller.run])
 
 
 if __name__ == "__main__":

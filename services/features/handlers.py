@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,9 @@ import polars as pl
 
 from causemesh.catalogue import Catalogue
 from causemesh.clock import Clock
+from causemesh.faultpoints import Point, reach
 from causemesh.runner import Batch, Emission, Outgoing
+from services.features.backfill.book import Backfills, Ends, Positions
 from services.features.domain.definitions import FeatureView
 from services.features.domain.events import Ints, ViewEvents, readable_events
 from services.features.domain.models import (
@@ -111,8 +113,13 @@ class Join:
         clock: Clock,
         publish_seconds: float | None,
         count: Count = lambda kind, what, number: None,
+        positions: Positions = dict,
+        ends: Ends | None = None,
     ) -> None:
         self._count = count
+        self._positions = positions
+        self._ends = ends
+        self._catalogue = catalogue
         self._plan = plan
         self.partition = partition
         self._slice_us = slice_us
@@ -131,6 +138,7 @@ class Join:
         self.state = PartitionState(self._plan.views, slice_us=self._slice_us)
         self.state.declare(UNRESOLVED, ())
         self.book = ModelBook(self.state.store.known_names, self._plan.transforms)
+        self.backfills = Backfills(self._plan.views, self._catalogue, self.partition)
         self._publisher = VectorPublisher(
             self.state.store, self.partition, self._partitions, self._clock, self._publish_seconds
         )
@@ -140,14 +148,19 @@ class Join:
             for signature in self.book.signatures.values():
                 if signature.name not in self.book.broken:
                     self.state.declare(signature.name, signature.view_features)
-            self.state.restore(blobs["state"])
-            self._publisher.publish_all()
+            self.backfills.load(blobs.get("backfills", b"{}"))
+            self.backfills.begin(self.state.restore(blobs["state"]), self._positions())
+            self._publish_all(self.state.store.views)
         self._stored = self._noted = self._known()
 
     def snapshot(self) -> bytes | None:
         """See `Processor.snapshot`."""
         self._noted = self._known()
-        blobs = {"models": self.book.dump(), "state": self.state.snapshot()}
+        blobs = {
+            "models": self.book.dump(),
+            "state": self.state.snapshot(),
+            "backfills": self.backfills.dump(),
+        }
         return pack({"kind": "features"}, {}, blobs)
 
     async def process(
@@ -155,6 +168,9 @@ class Join:
     ) -> Emission:
         """See `Processor.process`: everything is read before any is taken."""
         self._stored = self._noted  # had the commit failed, the worker would have started over
+        self._publish_all(self.backfills.committed())
+        if self._ends is not None:
+            await self.backfills.place(self._ends)
         read = [
             (batch, *self._read(batch))
             for batch in batches
@@ -162,18 +178,33 @@ class Join:
         ]
         for batch in batches:
             self._learn(batch)
+        merged = self._merge_pasts()
         late = [part for batch, events, _ in read for part in self._add(batch, events)]
         for batch in batches:
             if batch.topic == REQUESTS:
                 self.state.add_requests(self._requests(batch))
         advanced = self.state.advance(watermark_us)
         self._evict_sometimes()
-        self._publisher.touch(advanced.touched)
+        self._publisher.touch(self.backfills.offered(advanced.touched))
         outgoing = [*self._tasks(), *late, *self._publisher.due(watermark_us)]
         floor = self.state.unemitted_floor_us()
         promise = watermark_us if floor is None else min(watermark_us, floor)
         refused = [(batch, bad) for batch, _, bad in read if bad]
-        return Emission(outgoing, {REQUESTS: promise}, refused)
+        return Emission(outgoing, {REQUESTS: promise}, refused, merged)
+
+    def _merge_pasts(self) -> bool:
+        """Complete the views whose past has been computed; whether there were any."""
+        made = self.backfills.take()
+        for name, past in made:
+            self.state.take_over(name, past.state, past.ahead)
+        if made:
+            reach(Point.BACKFILL_MERGED)
+        return bool(made)
+
+    def _publish_all(self, views: Iterable[str]) -> None:
+        """Have every entity of these views published: nobody knows what was sent."""
+        rows = {name: self.state.store.views[name].index.rows for name in views}
+        self._publisher.touch(self.backfills.offered(rows))
 
     def _add(self, batch: Batch, events: Sequence[_Read]) -> list[Outgoing]:
         """Take what was read of a batch; returns what came too late, as records."""
@@ -202,7 +233,8 @@ class Join:
             )
         ]
         found, bad = _read(views, frame)
-        return [(view, events, events.position) for view, events in found], bad
+        since = self.backfills.since_the_cut
+        return [since(view, events, events.position) for view, events in found], bad
 
     def _inputs(self, batch: Batch) -> list[_Read]:
         """View inputs by view and by the event topic they came from, which breaks ties."""
@@ -219,7 +251,8 @@ class Join:
             view = self._by_id.get(str(name))
             if view is not None:  # inputs of a view that is no longer declared
                 source = self._source_number(str(topic), int(str(number)))
-                found.append((view, unpacked(view, part, source), part["at"].to_numpy()))
+                events = unpacked(view, part, source)
+                found.append(self.backfills.since_the_cut(view, events, part["at"].to_numpy()))
         return found
 
     def _learn(self, batch: Batch) -> None:
@@ -254,12 +287,19 @@ class Join:
                 pl.Series("key", [batch.raw.keys[row] for row in batch.rows], dtype=pl.Binary),
             ]
         )
+        self.book.held = self.backfills.refusals(self._needs)
         resolved = self.book.resolve(frame)
         entities = named_values(asked["entities"], self._entities, pl.String)
         packed = self._packed_inputs(resolved["signature"], asked["inputs"])
         kept = [column for column in frame.get_columns() if column.name != "version"]
         more = [*resolved.get_columns(), *entities.get_columns(), packed.alias("inputs")]
         return pl.DataFrame([*kept, *more])
+
+    def _needs(self) -> Iterator[tuple[str, frozenset[str]]]:
+        """The versions that can be served, and the views that each needs."""
+        for one in self.book.signatures.values():
+            if one.name not in self.book.broken:
+                yield one.name, self.state.store.views_of(one.view_features)
 
     def _packed_inputs(self, signatures: pl.Series, inputs: pl.Series) -> pl.Series:
         if len(signatures) <= _FEW:

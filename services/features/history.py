@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from causemesh.errors import Poison
 from causemesh.log import LogReader
 from causemesh.runner import Batch
 from services.features.domain.definitions import FeatureView
 from services.features.domain.engine import ViewState
-from services.features.domain.events import Ints, ViewEvents, read_events
+from services.features.domain.events import Ints, ViewEvents, readable_events
 from services.features.domain.vectors import Vectors
 from services.features.plan import event_frame
 
@@ -85,8 +84,5 @@ class History:
     def _seen(self, view: FeatureView, batch: Batch) -> ViewEvents:
         """What the view sees of a batch, less the rows that it can't take (dead letters)."""
         source = self._source_number(batch.topic, batch.partition)
-        try:
-            return read_events(view, event_frame(batch, source))
-        except Poison as poison:
-            rest = batch.without(list(poison.rows))
-            return read_events(view, event_frame(rest, source))
+        found, _ = readable_events(view, event_frame(batch, source))
+        return found

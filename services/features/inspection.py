@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -184,6 +186,31 @@ def memory(
     ]
     total = sum(one.bytes for one in found)
     return MemoryAnswer(budget_bytes=budget_bytes, total_bytes=total, views=found)
+
+
+def past_of(view: FeatureView, held: Mapping[int, Join]) -> dict[str, Any]:
+    """How far a view is that began in the middle, over all partitions of this instance.
+
+    `complete_from` is null where nothing that an answer can see is missing.
+    """
+    shown = {number: join.backfills.shown(view.id) for number, join in held.items()}
+    slowest = min(shown.values(), key=lambda one: one.rank, default=None)
+    since = [at for one in shown.values() if (at := one.complete_from_us) is not None]
+    return {
+        "state": "offered" if slowest is None else slowest.state,
+        "percent": 100 if slowest is None else slowest.percent,
+        "waits_for": None if slowest is None else slowest.waits,
+        "cuts": {number: one.cuts for number, one in shown.items() if one.cuts},
+        "unfit_events": max((one.unfit for one in shown.values()), default=0),
+        "complete_from": _instant(max(since)) if since else None,
+    }
+
+
+def _instant(at_us: int) -> str:
+    try:
+        return datetime.fromtimestamp(at_us / 1e6, UTC).isoformat()
+    except (OverflowError, ValueError):  # neither the lake nor the log held any of it
+        return "unknown"
 
 
 def _memory(view: FeatureView, states: Sequence[ViewState]) -> Memory:

@@ -58,10 +58,6 @@ class VectorPublisher:
         for name, rows in touched.items():
             self._touched.setdefault(name, []).append(rows)
 
-    def publish_all(self) -> None:
-        """Publish every entity next: after a restart nobody knows what was sent."""
-        self.touch({name: state.index.rows for name, state in self._store.views.items()})
-
     def due(self, as_of_us: int) -> list[Outgoing]:
         """The vectors to send now, as of a watermark (microseconds)."""
         now = self._clock.monotonic()

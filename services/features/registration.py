@@ -13,6 +13,7 @@ from services.features.domain.durations import format_duration
 from services.features.domain.events import read_events
 from services.features.domain.failures import DefinitionError
 from services.features.domain.memory import check_budget
+from services.features.rekeying import view_index
 
 _DAY_US = 86_400_000_000
 
@@ -34,7 +35,16 @@ def check_views(views: Sequence[FeatureView], catalogue: Catalogue, budget_bytes
                     f"{format_duration(window.reach_us)}, but {topic.name} keeps its events for "
                     f"{topic.retention_days} days: give the event type more `retention_days`"
                 )
+    _check_indexes(views)
     check_budget(views, budget_bytes)
+
+
+def _check_indexes(views: Sequence[FeatureView]) -> None:
+    known: dict[int, str] = {}
+    for view in views:
+        other = known.setdefault(view_index(view), view.id)
+        if other != view.id:
+            raise DefinitionError(f"{view.id} and {other} share a checksum: rename one of them")
 
 
 def _no_events(columns: pl.Schema) -> pl.DataFrame:

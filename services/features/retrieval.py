@@ -23,11 +23,12 @@ Held = Mapping[int, Join]
 class VectorRow(BaseModel):
     """An entity's features in the order of the answer's `features`, as of `as_of_us`.
 
-    `unknown`: the view has seen no event of it; `elsewhere`: another instance holds its partition.
+    `unknown`: the view has seen no event of it; `elsewhere`: another instance holds its partition;
+    `backfilling`: the view is new, and its past is being computed.
     """
 
     entity: dict[str, str]
-    status: Literal["found", "unknown", "elsewhere"]
+    status: Literal["found", "unknown", "elsewhere", "backfilling"]
     partition: int
     as_of_us: int | None = None
     values: list[float | None] | None = None
@@ -85,6 +86,10 @@ def _holder(view: FeatureView, number: int, held: Held) -> int:
 
 
 def _answer(view: FeatureView, join: Join, keys: Sequence[str], rows: Sequence[VectorRow]) -> None:
+    if view.id in join.backfills.held:
+        for row in rows:
+            row.status = "backfilling"
+        return
     state = join.state.store.views[view.id]
     as_of_us = state.applied_until_us or 0
     places = state.index.find(pl.Series("entity", keys, dtype=pl.String))

@@ -10,7 +10,7 @@ comes out of order as a replay. What waits, is held or not applied yet is part o
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -114,6 +114,20 @@ class Aligner:
             self._apply(view_name, coded, None)
         else:
             _append(self._pending[view_name], coded)
+
+    def take_over(self, view_name: str, rows: Ints, ahead: ViewEvents) -> None:
+        """Go on after the store put another state of a view in the place of the one it had.
+
+        `rows`: the row there of each row of the former state, by its number. `ahead` are events
+        that the new state has not seen and that are taken whatever their time.
+        """
+        parts = self._pending[view_name]
+        self._pending[view_name] = [replace(part, rows=rows[part.rows]) for part in parts]
+        if view_name in self._touched:
+            touched = self._touched[view_name]
+            self._touched[view_name] = [np.unique(rows[part]) for part in touched]
+        if len(ahead):
+            self._take(view_name, self._store.views[view_name].encode(ahead))
 
     def add_requests(self, frame: pl.DataFrame) -> None:
         """Take requests; live ones are answered at once, all of them come out of `ready`.

@@ -213,6 +213,34 @@ class ViewState:
             oldest.append(as_of_us - self.view.retention_us)
         return min(oldest)
 
+    def merge(self, other: ViewState) -> Ints:
+        """Take in what another state of the same view has seen, which must be none of what this one
+        has: afterwards this is the state that saw both, bit for bit, in every answer as of
+        `applied_until_us` or later.
+
+        Returns the row here of each row of `other`, by its number there.
+        """
+        rows = np.zeros(other.index.end, np.int64)
+        rows[other.index.rows] = self.index.find_or_add(
+            pl.Series(other.index.keys, dtype=pl.String)
+        )
+        self._ensure()
+        ends = [one for one in (self.applied_until_us, other.applied_until_us) if one is not None]
+        self.applied_until_us = max(ends, default=None)
+        if other._kept_events is not None:
+            # an event of one may be corrected in the other: what is kept says it all
+            kept = other._kept_events.events
+            if len(kept):
+                self._add(replace(kept, rows=rows[kept.rows]))
+            return rows
+        there, tiles, parts = other.ring.occupied()
+        if len(there):
+            self.ring.merge(rows[there], tiles, parts)
+        self.sketches.merge(other.sketches, rows, self._oldest_tile())
+        mine, theirs = rows[other.index.rows], other._latest[other.index.rows]
+        self._latest[mine] = newest(self._latest[mine], theirs)
+        return rows
+
     def memory_bytes(self) -> int:
         """Bytes of the arrays and, roughly, of the dictionary."""
         arrays = self.ring.memory_bytes() + self._latest.nbytes + self.sketches.memory_bytes()

@@ -43,6 +43,11 @@ class FeatureStore:
         self.check(feature_names)
         return tuple(f"{self._places[name][0]}.{name.partition('.')[2]}" for name in feature_names)
 
+    def views_of(self, feature_names: Sequence[str]) -> frozenset[str]:
+        """The views, by name@vN, that the features are of; Misdeclared as `check` says."""
+        self.check(feature_names)
+        return frozenset(self._places[name][0] for name in feature_names)
+
     def check(self, feature_names: Sequence[str]) -> None:
         """Misdeclared when a feature is not defined."""
         unknown = [name for name in feature_names if name not in self._places]

@@ -83,6 +83,8 @@ class ModelBook:
         self.rollouts: dict[str, Rollout] = {}
         self.broken: dict[str, str] = {}
         """Why a version can't be served here, by signature."""
+        self.held: Mapping[str, str] = {}
+        """Why a version is not served yet, by signature."""
 
     def add_versions(self, rows: Iterable[Mapping[str, Any]]) -> list[Signature]:
         """Take ModelVersionRegistered rows; returns the signatures to serve that are new.
@@ -157,6 +159,8 @@ class ModelBook:
         """Why a version answers no request; None when it does."""
         if name in self.broken:
             return self.broken[name]
+        if name in self.held:
+            return self.held[name]
         return None if name in self.signatures else f"unknown_model: no version {name}"
 
     def _champions(self, model: str, occurred_us: Ints) -> Ints:

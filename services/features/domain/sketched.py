@@ -40,6 +40,19 @@ class ViewSketches:
             found = Cells(slots[chosen], tiles[chosen], cells, values)
             store.add(found, self._ring.held, oldest_tile)
 
+    def merge(self, other: ViewSketches, rows: Ints, oldest_tile: int) -> None:
+        """Take the cells of another state's sketches, whose tiles were merged into the ring.
+
+        `rows`: our row of each of the other's, by its number. Tiles up to `oldest_tile` may be
+        forgotten.
+        """
+        length, held = self._ring.length, self._ring.held
+        for store, theirs in zip(self.stores, other.stores, strict=True):
+            cells = theirs.dump(other._ring.held, oldest_tile)
+            slots = rows[cells.owners // length] * length + cells.tiles % length
+            found = Cells(slots, cells.tiles, cells.cells, cells.values)
+            store.add(found.take(np.flatnonzero(held[slots] == cells.tiles)), held, oldest_tile)
+
     def forget(self, rows: Ints) -> None:
         """Drop the cells of these rows."""
         for store in self.stores if len(rows) else ():

@@ -8,6 +8,7 @@ import polars as pl
 
 from services.features.domain.align import DEFAULT_SLICE_US, Advanced, Aligner, ApplyOn
 from services.features.domain.definitions import FeatureView
+from services.features.domain.engine import ViewState
 from services.features.domain.events import Ints, ViewEvents
 from services.features.domain.feature_store import FeatureStore
 from services.features.domain.snapshots import pack, unpack_blobs
@@ -49,6 +50,16 @@ class PartitionState:
     def add_view_events(self, view_name: str, events: ViewEvents) -> Ints:
         """Take events that were read for one view elsewhere; returns which came too late."""
         return self.aligner.add_events(view_name, events)
+
+    def take_over(self, view_name: str, past: ViewState, ahead: ViewEvents) -> None:
+        """Complete a view that began in the middle by the past it has not seen.
+
+        `past` is the state over the earlier events, but for `ahead`: those that are not to be
+        applied yet. It must not be used any more afterwards.
+        """
+        rows = past.merge(self.store.views[view_name])
+        self.store.views[view_name] = past
+        self.aligner.take_over(view_name, rows, ahead)
 
     def add_requests(self, frame: pl.DataFrame) -> None:
         """Take requests (see Aligner.add_requests)."""

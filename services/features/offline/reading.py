@@ -13,13 +13,13 @@ import polars as pl
 
 from causemesh.catalogue import Catalogue
 from causemesh.codec.columns import frame_schema
-from causemesh.errors import Misdeclared, Poison
+from causemesh.errors import Misdeclared
 from causemesh.lake.opening import away
 from causemesh.lake.progress import progress_of
 from causemesh.lake.reading import Lake, Selection
 from services.features.domain.corrections import reach_us
 from services.features.domain.definitions import FeatureView
-from services.features.domain.events import ViewEvents, read_events
+from services.features.domain.events import ViewEvents, readable_events
 from services.features.lateness import LATE
 from services.features.offline.corrections import takes_corrections
 from services.features.offline.late import COLUMNS, missed_events, no_events, without
@@ -79,7 +79,6 @@ class LakeEvents:
 
     lake: Lake
     catalogue: Catalogue
-    views: Sequence[FeatureView]
     told: Told = lambda text: None
     tables: dict[str, TableRead] = field(default_factory=dict)
 
@@ -96,9 +95,8 @@ class LakeEvents:
 
     def _of_type(self, event_type: str, wanted: Sequence[Wanted]) -> list[ViewEvents]:
         topic = self.catalogue.topic(f"events.{event_type}")
-        siblings = [view for view in self.views if view.event_type == event_type]
         schema = frame_schema(topic.record)
-        columns = _columns(siblings, schema)
+        columns = _columns([one.view for one in wanted], schema)
         source = source_numbers(self.catalogue)(topic.name, 0)
         found: list[list[ViewEvents]] = [[] for _ in wanted]
         for frame in self._frames(topic.name, [*columns, *_PLACE], wanted):
@@ -107,9 +105,9 @@ class LakeEvents:
                 (pl.col("_partition").cast(pl.Int64) + source).alias("source"),
                 pl.col("_position").alias("position"),
             )
-            read = _read(siblings, events)
             for parts, one in zip(found, wanted, strict=True):
-                parts.append(one.of(read[one.view.id]))
+                seen, _ = readable_events(one.view, events)  # what it can't take it never had
+                parts.append(one.of(seen))
         return [_together(one.view, parts) for one, parts in zip(wanted, found, strict=True)]
 
     def _frames(
@@ -222,27 +220,6 @@ def _columns(views: Iterable[FeatureView], schema: pl.Schema) -> list[str]:
         if unknown:
             raise Misdeclared(f"view {view.name!r}: {view.event_type} has no column {unknown[0]!r}")
     return list(names)
-
-
-def _read(views: Sequence[FeatureView], events: pl.DataFrame) -> dict[str, ViewEvents]:
-    """What each view sees of the events.
-
-    One that a view can't take is seen by no view of its stage, as in the stream: the stage has sent
-    it to the dead letters.
-    """
-    found: dict[str, ViewEvents] = {}
-    for rekeyed in (True, False):
-        stage = [view for view in views if (view.placement == "rekeyed") == rekeyed]
-        bad: set[int] = set()
-        for view in stage:
-            try:
-                found[view.id] = read_events(view, events)
-            except Poison as poison:
-                bad |= poison.rows.keys()
-        if bad:
-            good = np.delete(np.arange(events.height), sorted(bad))
-            found |= {view.id: read_events(view, events[good]) for view in stage}
-    return found
 
 
 def _together(view: FeatureView, parts: Sequence[ViewEvents]) -> ViewEvents:

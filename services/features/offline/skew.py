@@ -157,6 +157,6 @@ class SkewCheck:
             *(one.alias(INPUT + one.name) for one in given),
         ]
         asking = Asking(pl.DataFrame(columns), rows["as_of_us"].to_numpy(), sources)
-        events = LakeEvents(self._lake, definitions.catalogue, definitions.views)
+        events = LakeEvents(self._lake, definitions.catalogue)
         found = vectors_of(asking, events, definitions)
         return transforms.compute(names, sources, found) if transforms.digest(names) else found

@@ -50,7 +50,7 @@ def training_set(
     sources = definitions.transforms.sources(features)
     _check_columns(requests, [*features, AS_OF], sources, definitions)
     as_of_us = as_of.to_physical().to_numpy()
-    events = LakeEvents(lake, definitions.catalogue, definitions.views, told)
+    events = LakeEvents(lake, definitions.catalogue, told)
     found = vectors_of(Asking(requests, as_of_us, sources), events, definitions)
     if requests.height and not incomplete:
         check_whole(events.tables, int(as_of_us.max()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,16 @@ from services.features.domain.events import read_events
 from services.features.domain.memory import check_budget, entity_bytes
 from services.features.domain.parsing import parse_views
 from services.features.registration import check_views
+from services.features.rekeying import view_index
 
 ROOT = Path(__file__).parents[3]
 CATALOGUE = Catalogue.load([ROOT / "tests" / "project"])
 GIB = 2**30
+BODY = {"event": "reading", "entity": "sensor", "features": {"value": ["mean 1h"]}}
 
 
 def views(**change: Any) -> Any:
-    body = {"event": "reading", "entity": "sensor", "features": {"value": ["mean 1h"]}}
-    return parse_views({"views": {"v": {**body, **change}}})
+    return parse_views({"views": {"v": {**BODY, **change}}})
 
 
 @pytest.mark.parametrize(
@@ -122,3 +124,19 @@ def test_a_bad_event_is_named_and_the_others_can_be_read(
 def test_an_event_without_the_entity_is_none_of_the_view_s() -> None:
     (view,) = views()
     assert read_events(view, events(sensor=["a", None, "b"])).position.tolist() == [0, 2]
+
+
+def test_what_stands_for_a_view_in_its_inputs_does_not_change_with_the_views() -> None:
+    """What re-keying sends again after a view was added must have the indexes it had."""
+    one = parse_views({"views": {"v": BODY}})
+    more = parse_views({"views": {"a": BODY, "v": BODY, "v@v2": BODY}})
+    assert view_index(one[0]) == view_index(more[1])
+    assert len({view_index(view) for view in more}) == 3
+
+
+def test_views_that_one_index_would_stand_for_are_refused() -> None:
+    alike = ("iiwucoup", "uejgtcuo")
+    assert len({zlib.crc32(f"{name}@v1".encode()) & 0x7FFF_FFFF for name in alike}) == 1
+    declared = parse_views({"views": dict.fromkeys(alike, BODY)})
+    with pytest.raises(Misdeclared, match="share a checksum"):
+        check_views(declared, CATALOGUE, 4 * GIB)

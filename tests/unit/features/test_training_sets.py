@@ -230,8 +230,7 @@ async def test_what_came_too_late_is_left_out(tmp_path: Path) -> None:
             assert made.about["lake"][f"decoded.{LATE.replace('.', '_')}"]["records"] > 0
 
 
-def test_an_event_that_a_view_cannot_take_is_in_none_of_its_stage(tmp_path: Path) -> None:
-    """`sensors` can't take the second one; `moved` belongs to another stage."""
+def test_an_event_that_a_view_cannot_take_is_left_out_of_it_alone(tmp_path: Path) -> None:
     definitions = definitions_of(SENSORS)
     events = readings([1.0, 2.0e13, 3.0], [0, 10, 20]).with_columns(
         value=pl.Series([1.0, -2.0e13, 3.0])

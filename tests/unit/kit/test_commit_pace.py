@@ -99,3 +99,40 @@ async def test_commits_keep_both_distances(stateful: bool, limits: Limits, under
     if limits.commit_every_s:
         gaps = [later - at for at, later in pairwise(loaded)]
         assert min(gaps) >= limits.commit_every_s
+
+
+class Changing(Snapshots):
+    """Asks for a commit in its third unit, in which nothing came."""
+
+    asks = True
+
+    async def process(
+        self, batches: Sequence[Batch], watermark_us: int, transaction: Any
+    ) -> Emission:
+        assert self.worker is not None
+        self.units += 1
+        self.worker.stopping = self.units == 4
+        return Emission(commit=self.asks and self.units == 3)
+
+
+@pytest.mark.parametrize("asks", [True, False])
+async def test_what_changed_by_itself_is_committed_at_once(asks: bool) -> None:
+    bus, registry = MemoryBus(), MemoryRegistry()
+    bus.create(INBOX, 1)
+    processor = Changing(bus, stateful=True)
+    processor.asks = asks
+    worker = PartitionWorker(
+        Stage("ingest", "ingest", (INBOX,)),
+        0,
+        processor,
+        bus=bus,
+        store=MemoryPositionStore(no_step),
+        catalogue=CATALOGUE,
+        decoder=Decoder(registry),
+        emitter=Emitter(CATALOGUE, RegistryEncoders(registry), bus.producer("w"), ()),
+        clock=processor,
+        limits=Limits(commit_every_units=20, max_wait_s=0.001),
+    )
+    processor.worker = worker
+    await worker.run()
+    assert len(processor.taken) == asks

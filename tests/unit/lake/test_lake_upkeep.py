@@ -123,7 +123,7 @@ def test_the_horizon_waits_for_the_watermark() -> None:
             self.partition = ("t", day)
 
     found = [File(8), File(90_000)]
-    assert upkeep._horizon(found, TableProgress({0: promised}), 3) == 7  # type: ignore[arg-type]
+    assert upkeep.horizon(found, TableProgress({0: promised}), 3) == 7  # type: ignore[arg-type]
 
 
 async def test_expiry_and_sweep_keep_the_rows_and_the_progress(

@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 
 from causemesh.catalogue import Catalogue
+from causemesh.checkpoints import Encode
 from causemesh.clock import Clock
 from causemesh.errors import Poison
 from causemesh.runner import Batch, Emission, Outgoing
@@ -130,30 +131,66 @@ class Join:
         self.state = PartitionState(self._plan.views, slice_us=self._slice_us)
         self.state.declare(UNRESOLVED, ())
         self.book = ModelBook(self.state.store.known_names, self._plan.transforms)
+        self._book_read = self.book.dump()
         self._publisher = VectorPublisher(
             self.state.store, self.partition, self._partitions, self._clock, self._publish_seconds
         )
         if state is not None:
             blobs = unpack_blobs(state, "features")
-            self.book.load(blobs["models"])
-            for signature in self.book.signatures.values():
-                if signature.name not in self.book.broken:
-                    self.state.declare(signature.name, signature.view_features)
+            self._load_book(blobs["models"])
             self.state.restore(blobs["state"])
             self._publisher.publish_all()
         self._stored = self._noted = self._known()
 
+    def _load_book(self, saved: bytes) -> None:
+        self.book.load(saved)
+        for signature in self.book.signatures.values():
+            if signature.name not in self.book.broken:
+                self.state.declare(signature.name, signature.view_features)
+
     def snapshot(self) -> bytes | None:
         """See `Processor.snapshot`."""
         self._noted = self._known()
-        blobs = {"models": self.book.dump(), "state": self.state.snapshot()}
-        return pack({"kind": "features"}, {}, blobs)
+        return _packed(self.book.dump(), self.state.snapshot)()
+
+    def pieces(self) -> Sequence[str]:
+        """See `Pieced.pieces`."""
+        return self.state.pieces()
+
+    def piece(self, name: str) -> Encode:
+        """See `Pieced.piece`."""
+        return _packed(self.book.dump(), self.state.piece(name))
+
+    def track(self) -> None:
+        """See `Pieced.track`."""
+        self.state.track()
+
+    def delta(self) -> Encode:
+        """See `Pieced.delta`."""
+        self._noted = self._known()
+        return _packed(self.book.dump(), self.state.changes())
+
+    def apply(self, body: bytes) -> None:
+        """See `Pieced.apply`."""
+        blobs = unpack_blobs(body, "features")
+        self._book_read = blobs["models"]
+        self.state.apply_part(blobs["state"])
+
+    def applied(self) -> None:
+        """See `Pieced.applied`."""
+        self.state.settle()
+        self._load_book(self._book_read)
+        self._publisher.publish_all()
+        self._stored = self._noted = self._known()
+
+    def committed(self) -> None:
+        """See `Pieced.committed`."""
+        self._stored = self._noted
 
     async def process(
         self, batches: Sequence[Batch], watermark_us: int, transaction: Any
     ) -> Emission:
         """See `Processor.process`: everything is read, and may be refused, before any is taken."""
-        self._stored = self._noted  # had the commit failed, the worker would have started over
         read = [
             (batch, self._read(number, batch))
             for number, batch in enumerate(batches)
@@ -344,6 +381,10 @@ class Join:
                 for name, one in self.book.rollouts.items()
             },
         }
+
+
+def _packed(models: bytes, state: Encode) -> Encode:
+    return lambda: pack({"kind": "features"}, {}, {"models": models, "state": state()})
 
 
 def _completed(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import polars as pl
 
@@ -10,7 +11,15 @@ from services.features.domain.align import DEFAULT_SLICE_US, Advanced, Aligner, 
 from services.features.domain.definitions import FeatureView
 from services.features.domain.events import Ints, ViewEvents
 from services.features.domain.feature_store import FeatureStore
-from services.features.domain.snapshots import pack, unpack_blobs
+from services.features.domain.parts import (
+    Encode,
+    apply_part,
+    changes_part,
+    piece_rows,
+    rows_part,
+    track,
+)
+from services.features.domain.snapshots import pack, unpack_all, unpack_blobs
 
 _ALIGNER = "aligner"
 _VIEW = "view."
@@ -84,6 +93,60 @@ class PartitionState:
         """Roughly what the states of the views hold; buffers not included."""
         return self.store.memory_bytes()
 
+    def pieces(self) -> list[str]:
+        """The names of the pieces that together are all of it: rows of a view, and the buffers."""
+        names = [_ALIGNER]
+        for name, state in self.store.views.items():
+            rows = piece_rows(state)
+            count = -(-state.index.end // rows)
+            names += [f"{_VIEW}{name}/{rows}/{number}" for number in range(count)]
+        return names
+
+    def piece(self, name: str) -> Encode:
+        """All of one piece as it is now; its bytes can be made later, in another thread."""
+        if name == _ALIGNER:
+            return _packed({_ALIGNER: self.aligner.all_part()})
+        view, count, number = name.removeprefix(_VIEW).rsplit("/", 2)
+        first = int(count) * int(number)
+        rows = slice(first, first + int(count))
+        return _packed({_VIEW + view: rows_part(self.store.views[view], rows)})
+
+    def track(self) -> None:
+        """Begin to note what changes, for the first `changes`."""
+        for state in self.store.views.values():
+            track(state)
+        self.aligner.track()
+
+    def changes(self) -> Encode:
+        """What changed since the last call, or since `track`."""
+        parts = {_ALIGNER: self.aligner.changes_part()}
+        for name, state in self.store.views.items():
+            part = changes_part(state)
+            if part is not None:
+                parts[_VIEW + name] = part
+        until_us = {name: one.applied_until_us for name, one in self.store.views.items()}
+        return _packed(parts, {"applied_until_us": until_us})
+
+    def apply_part(self, body: bytes) -> None:
+        """Take over a piece or changes, in the order in which they were made. Call `settle` then.
+
+        What is said of views that are no longer declared is left out.
+        """
+        header, blobs = unpack_all(body, "partition-part")
+        for name, until_us in header["applied_until_us"].items():
+            if name in self.store.views:
+                self.store.views[name].applied_until_us = until_us
+        for name, blob in blobs.items():
+            if name == _ALIGNER:
+                self.aligner.apply_part(blob)
+            elif (view := name.removeprefix(_VIEW)) in self.store.views:
+                apply_part(self.store.views[view], blob)
+
+    def settle(self) -> None:
+        """All parts were applied."""
+        for state in self.store.views.values():
+            state.index.settle()
+
     def snapshot(self) -> bytes:
         """State and buffers as bytes."""
         blobs = {_VIEW + name: state.snapshot() for name, state in self.store.views.items()}
@@ -103,3 +166,8 @@ class PartitionState:
                 state.restore(blobs[_VIEW + name])
         self.aligner.restore(blobs[_ALIGNER])
         return new
+
+
+def _packed(parts: Mapping[str, Encode], header: Mapping[str, Any] | None = None) -> Encode:
+    told = {"kind": "partition-part", "applied_until_us": {}} | dict(header or {})
+    return lambda: pack(told, {}, {name: encode() for name, encode in parts.items()})

@@ -18,7 +18,9 @@ from causemesh.checkpoints.storing import PartitionFiles
 from causemesh.errors import Fatal, Retryable
 
 _REST = 20
-"""A checkpoint in files may take one part in so many of the time: the next one waits that long."""
+"""A checkpoint in files may take one part in so many of the process's time on a processor ..."""
+_REST_S = 10.0
+"""... but the next one does not wait longer than this, in seconds."""
 _ATTEMPTS = 5
 _log = structlog.get_logger(__name__)
 
@@ -78,14 +80,17 @@ class StateKeeper:
         self._committed: Manifest | None = None
         self._save: Save | None = None
         self._credit = 0
-        self._rest_until_s = float("-inf")
+        self._took_s = 0.0  # the last checkpoint in files, on a processor
+        self._committed_at = (0.0, 0.0)  # by the clock, and on a processor
         self._garbage: set[str] = set()
         self._removing: asyncio.Task[None] | None = None
 
     @property
     def rests(self) -> bool:
         """Whether it is too early for another save, so costly was the last one."""
-        return self._monotonic() < self._rest_until_s
+        used_s = time.process_time() - self._committed_at[1]
+        waited_s = self._monotonic() - self._committed_at[0]
+        return used_s < self._took_s * (_REST - 1) and waited_s < _REST_S
 
     async def restore(self, state: bytes | None, group: str, partition: int, epoch: int) -> None:
         """Bring the processor to a stored state. Raises Fatal when a file is not as it was."""
@@ -130,7 +135,8 @@ class StateKeeper:
         if before is not None:
             self._garbage |= before.files - written.manifest.files
         self._credit += earned(written.manifest, written.delta_bytes)
-        self._rest_until_s = self._monotonic() + written.took_s * (_REST - 1)
+        self._took_s = written.took_s
+        self._committed_at = (self._monotonic(), time.process_time())
         if self._garbage and (self._removing is None or self._removing.done()):
             assert self._place is not None
             self._removing = asyncio.create_task(self._remove(self._place))

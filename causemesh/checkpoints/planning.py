@@ -1,8 +1,8 @@
 """What a checkpoint writes beside its delta: pieces anew, so that deltas can go, and merged deltas.
 
-Pieces are written anew in turn, the oldest first, about as many bytes as deltas bring. Deltas from
-before the oldest piece are part of all pieces and go. So the deltas never outgrow the pieces by
-much, no checkpoint writes the whole state, and a restart reads twice the state at most.
+Pieces are written anew in turn, the oldest first, about half as many bytes as deltas bring. Deltas
+from before the oldest piece are part of all pieces and go. So deltas are at most about twice the
+pieces, no checkpoint writes the whole state, and a restart reads it about three times at most.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from causemesh.checkpoints.manifest import Delta, Manifest, Piece
 
 _LEAST_COST = 64 * 1024
 """Bytes that any piece costs: a file of its own is no gift."""
+_OUTGROWN = 2
 _MANY = 48
 _TOGETHER = 16
 _SMALL = 32 * 2**20
@@ -61,8 +62,9 @@ def chosen_pieces(
 
 
 def earned(manifest: Manifest, delta_bytes: int) -> int:
-    """The credit that a delta earns: its size, twice that where deltas have outgrown the pieces."""
-    return delta_bytes * (2 if manifest.delta_bytes > manifest.piece_bytes else 1)
+    """The credit that a delta earns: half its size, twice that where deltas are too many."""
+    outgrown = manifest.delta_bytes > _OUTGROWN * manifest.piece_bytes
+    return delta_bytes if outgrown else delta_bytes // 2
 
 
 def needed(manifest: Manifest) -> Manifest:

@@ -17,7 +17,7 @@ import numpy as np
 import polars as pl
 
 from causemesh.errors import Misdeclared, Poison
-from services.features.domain.aggregates import RowEvents, stacked, unstacked
+from services.features.domain.aggregates import RowEvents
 from services.features.domain.columns import pack_columns, unpack_columns
 from services.features.domain.events import Ints, ViewEvents, int64
 from services.features.domain.feature_store import FeatureStore
@@ -27,6 +27,7 @@ ApplyOn = Literal["watermark", "arrival"]
 # Of a part of a checkpoint: all that waits; what was added; that, and less what was applied.
 _Form = Literal["whole", "added", "advanced"]
 DEFAULT_SLICE_US = 60_000_000
+_PENDING = "pending."
 _NONE: Ints = np.empty(0, np.int64)
 _REQUIRED = ("source", "position", "occurred_at_us", "mode", "signature", "tenant_id")
 
@@ -254,9 +255,8 @@ class Aligner:
         taken = {name: list(parts) for name, parts in pending.items() if parts}
 
         def encode() -> bytes:
-            together = {name: stacked(RowEvents.concatenate(one)) for name, one in taken.items()}
-            waiting = pack_columns({"kind": "pending"}, together)
-            return pack(header, frames, {"pending": waiting})
+            blobs = {_PENDING + name: _packed(parts) for name, parts in taken.items()}
+            return pack(header, frames, blobs)
 
         return encode
 
@@ -267,7 +267,7 @@ class Aligner:
     def _load(self, saved: bytes) -> _Form:
         """Take over a part, in place of what there is; returns its form."""
         header, frames = unpack(saved, "aligner")
-        _, events, _ = unpack_columns(unpack_blobs(saved, "aligner")["pending"], "pending")
+        blobs = unpack_blobs(saved, "aligner")
         for setting, value in (("slice_us", self._slice_us), ("apply_on", self._apply_on)):
             if header[setting] != value:
                 raise Misdeclared(f"{setting} is {value!r} but the state has {header[setting]!r}")
@@ -276,8 +276,9 @@ class Aligner:
         self._boundary_us = header["boundary_us"]
         self._late_events, self._late_requests = header["late_events"], header["late_requests"]
         self._waiting, self._held = frames.get("waiting"), frames.get("held")
+        events = {name: blobs.get(_PENDING + name) for name in self._store.views}
         self._pending = {
-            name: [unstacked(events[name])] if name in events else [] for name in self._store.views
+            name: [] if packed is None else [_unpacked(packed)] for name, packed in events.items()
         }
         form: _Form = header["form"]
         return form
@@ -365,6 +366,21 @@ def _split(parts: list[RowEvents], at_us: int) -> tuple[list[RowEvents], list[Ro
         else:
             left.append(part)
     return before, left
+
+
+def _packed(parts: Sequence[RowEvents]) -> bytes:
+    own = ("rows", "occurred_at_us", "source", "position")
+    columns = {name: [getattr(part, name) for part in parts] for name in own}
+    for place in range(len(parts[0].values)):
+        columns[f"values.{place}"] = [part.values[place] for part in parts]
+    return pack_columns({"kind": "pending"}, columns)
+
+
+def _unpacked(packed: bytes) -> RowEvents:
+    _, columns, _ = unpack_columns(packed, "pending")
+    rows, times, source, position, *values = columns.values()
+    matrix = np.array(values, np.int64).reshape(len(values), len(rows))
+    return RowEvents(rows, times, source, position, matrix)
 
 
 def _append(parts: list[RowEvents], more: RowEvents) -> None:

@@ -22,18 +22,25 @@ from services.features.domain.events import Ints
 _MAGIC = b"CMFC"
 _PREFIX = struct.Struct("<4sI")
 _NO_KEY = -1
+_NOTHING = memoryview(b"")
 
 
 def pack_columns(
-    header: Mapping[str, Any], arrays: Mapping[str, Ints], keys: Sequence[str | None] = ()
+    header: Mapping[str, Any],
+    arrays: Mapping[str, Ints | Sequence[Ints]],
+    keys: Sequence[str | None] = (),
 ) -> bytes:
-    """A header, int64 arrays of any shape by name, and a list of keys."""
+    """A header, int64 arrays of any shape by name, and a list of keys.
+
+    An array with one axis may come in parts: putting them together would be another copy.
+    """
     lengths = [_NO_KEY if key is None else len(key) for key in keys]
     text = "".join(key for key in keys if key is not None).encode()
-    told = [*arrays.items(), ("__lengths", np.array(lengths, np.int64))]
-    listed = {**header, "__arrays": [[name, list(array.shape)] for name, array in told]}
-    head = json.dumps(listed).encode()
-    body = b"".join([*(np.ascontiguousarray(array).tobytes() for _, array in told), text])
+    told = [(name, _parts(given)) for name, given in arrays.items()]
+    told.append(("__lengths", [np.array(lengths, np.int64)]))
+    shapes = [[name, [sum(map(len, parts)), *parts[0].shape[1:]]] for name, parts in told]
+    head = json.dumps({**header, "__arrays": shapes}).encode()
+    body = b"".join([*(_buffer(part) for _, parts in told for part in parts), text])
     packed = bytes(cramjam.lz4.compress_block(body))
     return b"".join([_PREFIX.pack(_MAGIC, len(head)), head, packed])
 
@@ -55,6 +62,15 @@ def unpack_columns(
         arrays[name] = np.frombuffer(body, np.int64, count, at).reshape(shape)
         at += 8 * count
     return header, arrays, _keys(arrays.pop("__lengths"), body[at:].decode())
+
+
+def _parts(given: Ints | Sequence[Ints]) -> Sequence[Ints]:
+    return [given] if isinstance(given, np.ndarray) else given
+
+
+def _buffer(array: Ints) -> memoryview:
+    # one copy less than `tobytes`, and a view of nothing can't be cast
+    return memoryview(np.ascontiguousarray(array).reshape(-1)).cast("B") if array.size else _NOTHING
 
 
 def _keys(lengths: Ints, text: str) -> list[str | None]:

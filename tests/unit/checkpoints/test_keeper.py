@@ -92,7 +92,7 @@ async def test_deltas_do_not_outgrow_the_pieces_and_files_are_few() -> None:
         manifest = Manifest.parse(state)
         most = max(most, manifest.delta_bytes)
         assert set(files.kept) == manifest.files, "what no manifest names is removed"
-    assert most <= 2 * manifest.piece_bytes
+    assert most <= 3 * manifest.piece_bytes
     assert len(files.kept) <= planning._MANY + planning._TOGETHER + 4
     other = Ledger()
     await opened(other, files, state, 2)
@@ -283,6 +283,35 @@ async def test_crashes_between_files_and_commit_and_removal_change_nothing(
 async def test_control_a_state_and_a_position_of_two_moments_lose_records() -> None:
     found = [await crashing(random.Random(seed), TooNew) for seed in range(8)]
     assert any(booked != list(range(60)) for booked in found)
+
+
+async def test_a_costly_checkpoint_is_rested_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One part in twenty of the processor's time, and ten seconds at the most."""
+    now = {"clock": 0.0, "processor": 0.0, "thread": 0.0}
+    monkeypatch.setattr(keeper.time, "process_time", lambda: now["processor"])
+    monkeypatch.setattr(keeper.time, "thread_time", lambda: now["thread"])
+    ledger = Ledger()
+    settings = CheckpointSettings(MemoryFiles(), 0)
+    kept = StateKeeper(ledger, settings, lambda: now["clock"])
+    await kept.restore(None, GROUP, 0, 1)
+    await taken(kept)
+    assert not kept.rests, "the first one is no measure"
+
+    def costly() -> bytes:
+        now["thread"] += 0.1
+        return b'{"new": []}'
+
+    monkeypatch.setattr(ledger, "delta", lambda: costly)
+    await taken(kept)
+    now["processor"] += 1.8
+    assert kept.rests
+    now["processor"] += 0.2
+    assert not kept.rests
+    await taken(kept)
+    now["clock"] += 9.0
+    assert kept.rests
+    now["clock"] += 1.1
+    assert not kept.rests
 
 
 async def test_under_load_units_go_on_while_files_are_written() -> None:

@@ -180,7 +180,7 @@ def contents(state: PartitionState) -> dict[str, Any]:
         rows = {frame: sorted(one.rows(), key=repr) for frame, one in frames.items()}
         if name == "aligner":  # what waits goes on in the order of arrival
             rows = {frame: one.rows() for frame, one in frames.items()}
-            rows["pending"] = [unpack_blobs(blob, "aligner")["pending"]]
+            rows |= {kind: [body] for kind, body in unpack_blobs(blob, "aligner").items()}
         found[name] = {key: value for key, value in header.items() if key != "__sizes"}, rows
     until_ms = (state.aligner.applied_until_us or 0) // MS
     found["answers"] = [answers(state, until_ms + more) for more in (0, 15)]

@@ -70,7 +70,7 @@ def _parts(given: Ints | Sequence[Ints]) -> Sequence[Ints]:
 
 def _buffer(array: Ints) -> memoryview:
     # one copy less than `tobytes`, and a view of nothing can't be cast
-    return memoryview(np.ascontiguousarray(array).reshape(-1)).cast("B") if array.size else _NOTHING
+    return np.ascontiguousarray(array).reshape(-1).data.cast("B") if array.size else _NOTHING
 
 
 def _keys(lengths: Ints, text: str) -> list[str | None]:

@@ -22,6 +22,7 @@ from causemesh.admin import create_app
 from causemesh.bus.base import BEFORE_FIRST, Bus, Producer
 from causemesh.bus.opening import open_bus
 from causemesh.catalogue import DEADLETTERS, Catalogue
+from causemesh.checkpoints import CheckpointSettings
 from causemesh.clock import SystemClock
 from causemesh.codec.base import BatchDecoder
 from causemesh.codec.decode import Decoder
@@ -104,10 +105,12 @@ class Service:
         limits: Limits | None = None,
         *,
         store: PositionStore | None = None,
+        checkpoints: CheckpointSettings | None = None,
     ) -> Runner:
         """A runner for `stage`; `make_processor(partition)` builds each worker's processor.
 
         Positions lie in the service's database unless another `store` holds them with its effects.
+        With `checkpoints` a large state goes to files.
 
         Raises Misdeclared when the catalogue does not let this service read or write a topic.
         """
@@ -132,6 +135,7 @@ class Service:
                 limits=limits or Limits(),
                 observer=self.metrics,
                 spans=spans,
+                checkpoints=checkpoints,
             )
 
         membership = self.bus.membership(stage.group, stage.shared)

@@ -82,6 +82,9 @@ class Mesh:
             "CAUSEMESH_PROJECT": str(self._project),
             "CAUSEMESH_API_TOKEN": self.token,
             "CAUSEMESH_LAKE_WAREHOUSE": f"file://{self.home / 'lake'}",
+            "CAUSEMESH_CHECKPOINTS": os.environ.get(
+                "CAUSEMESH_CHECKPOINTS", f"file://{self.home / 'checkpoints'}"
+            ),
             **{name: value for name, value in os.environ.items() if name.startswith(_OF_LAKE)},
             # the embedded broker allows it, and a service that was killed is back that much sooner
             "CAUSEMESH_SESSION_TIMEOUT_MS": os.environ.get("CAUSEMESH_SESSION_TIMEOUT_MS", "3000"),

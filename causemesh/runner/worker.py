@@ -7,6 +7,7 @@ crash:
 2. the processor handles all batches of the unit, inside the store's transaction;
 3. outputs are emitted in cause order and acknowledged, then watermarks behind them;
 4. positions, marks, promises and state are committed with the effects, if the epoch is still ours.
+   A state in files was taken some units earlier, and what was taken with it is committed.
 
 A crash after 3 and before 4 emits the same outputs again; their readers' marks drop them. A failed
 send stops the worker: it starts over from the stored position and never skips.
@@ -15,13 +16,15 @@ send stops the worker: it starts over from the stored position and never skips.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from causemesh.bus.base import BEFORE_FIRST, Bus, RawBatch, Reader, TopicPartition
 from causemesh.catalogue import Catalogue
+from causemesh.checkpoints import CheckpointSettings, Save, StateKeeper
 from causemesh.clock import Clock
 from causemesh.codec.base import BatchDecoder
 from causemesh.faultpoints import Point, reach
-from causemesh.positions import Checkpoint, Claim, PositionStore
+from causemesh.positions import Checkpoint, Claim, PositionStore, Unit
 from causemesh.runner.batch import NEVER, Batch, Emission, Outgoing, Processor
 from causemesh.runner.deadletters import DeadRows, dead_letters, raw_rows
 from causemesh.runner.emitter import Emitter
@@ -53,6 +56,7 @@ class PartitionWorker:
         observer: Observer | None = None,
         deduplicate: bool = True,
         spans: UnitSpans | None = None,
+        checkpoints: CheckpointSettings | None = None,
     ) -> None:
         self.stage = stage
         self.partition = partition
@@ -66,6 +70,8 @@ class PartitionWorker:
         self._observer: Observer = observer or Unobserved()
         self._spans = spans or UnitSpans(None, "", stage.group, hold=processor.stateful)
         self._faults = Faults(clock, limits, lambda: self.stopping)
+        self._keeper = StateKeeper(processor, checkpoints, clock.monotonic)
+        self._saving: tuple[Checkpoint, Save] | None = None
         self._marks = HighWaterMarks(enabled=deduplicate)
         inputs = stage.inputs(catalogue, partition)
         self.watermarks = WatermarkTracker(
@@ -75,6 +81,7 @@ class PartitionWorker:
         self.intake = Intake(catalogue, decoder, self._marks, self.watermarks)
         self._promised: dict[tuple[str, str, int], int] = {}
         self._uncommitted = 0
+        self._asked = False  # for a commit, by the processor
         self._committed_at = clock.monotonic()
         self._dead = 0  # of the last unit
         self._sent: Mapping[str, int] = {}  # of the last unit, by topic
@@ -87,25 +94,28 @@ class PartitionWorker:
         """Work until `stopping`. Raises Fenced when replaced, Retryable or Fatal when it failed."""
         claim, checkpoint = await self._store.claim(self.stage.group, self.partition)
         reach(Point.WORKER_CLAIMED)
-        self._restore(checkpoint or Checkpoint())
-        reader = self._bus.reader(self.positions)
+        reader: Reader | None = None
         try:
+            await self._restore(checkpoint or Checkpoint(), claim)
+            reader = self._bus.reader(self.positions)
             while not self.stopping:
                 pause_s = self._limits.pause_s(await self._step(claim, reader))
                 if pause_s:
                     await self._clock.sleep(pause_s)
-            if self._uncommitted:
+            while self._saving is not None or self._uncommitted:
                 async with self._store.unit(claim) as unit:
-                    await unit.commit(self._checkpoint())
+                    await self._commit(unit, await self._taken())
         finally:
-            await reader.close()
+            if reader is not None:
+                await reader.close()
+            await self._keeper.close()
 
-    def _restore(self, stored: Checkpoint) -> None:
+    async def _restore(self, stored: Checkpoint, claim: Claim) -> None:
         known = {source: at for source, at in stored.positions.items() if source in self.positions}
         self.positions.update(known)
         self._marks.load(stored.marks)
         self.watermarks.load(stored.promises)
-        self.processor.restore(stored.state)
+        await self._keeper.restore(stored.state, claim.group, claim.partition, claim.epoch)
 
     async def _step(self, claim: Claim, reader: Reader) -> int:
         """One unit; returns how many records the fullest partition gave."""
@@ -161,23 +171,41 @@ class PartitionWorker:
             if batches:
                 reach(Point.WORKER_SENT)
             self._promised.update(promises)
+            self._asked |= emission.commit
             moved = watermark != self._seen_watermark
-            if emission.commit or self._commit_is_due(moved=moved, idle=idle):
-                checkpoint = self._checkpoint()
-                reach(Point.WORKER_COMMITTING)
-                await unit.commit(checkpoint)
-                reach(Point.WORKER_COMMITTED)
-                self._uncommitted = 0
-                self._committed_at = self._clock.monotonic()
-                self._seen_watermark = watermark
-                self.committed = True
+            due = self._asked or self._commit_is_due(moved=moved, idle=idle)
+            if self._saving is not None or due:
+                taken = await self._taken()
+                if idle or taken[1].done():
+                    await self._commit(unit, taken)
+
+    async def _taken(self) -> tuple[Checkpoint, Save]:
+        """The checkpoint that waits to be committed, else one of now."""
+        if self._saving is None:
+            checkpoint = self._checkpoint()
+            self._saving = checkpoint, await self._keeper.save()
+            self._uncommitted = 0
+            self._asked = False
+            self._committed_at = self._clock.monotonic()
+            self._seen_watermark = self.watermarks.least()
+        return self._saving
+
+    async def _commit(self, unit: Unit, taken: tuple[Checkpoint, Save]) -> None:
+        checkpoint, save = taken
+        state = await save.written()
+        reach(Point.WORKER_COMMITTING)
+        await unit.commit(replace(checkpoint, state=state))
+        reach(Point.WORKER_COMMITTED)
+        self._saving = None
+        self._keeper.committed()
+        self.committed = True
 
     def _commit_is_due(self, *, moved: bool, idle: bool) -> bool:
         waited = self._clock.monotonic() - self._committed_at >= self._limits.commit_every_s
         enough = self._uncommitted >= self._limits.commit_every_units
         if idle or not self.processor.stateful:
             return (idle or waited) and (self._uncommitted > 0 or moved)
-        return enough and waited
+        return enough and waited and not self._keeper.rests
 
     def _due_promises(self, emission: Emission) -> dict[tuple[str, str, int], int]:
         """Watermarks to forward: those that moved since the last unit, one an output topic."""
@@ -194,13 +222,13 @@ class PartitionWorker:
         return due
 
     def _checkpoint(self) -> Checkpoint:
+        """As of now, less the state."""
         least = self.watermarks.least()
         return Checkpoint(
             dict(self.positions),
             self._marks.dump(),
             self.watermarks.dump(),
             None if least == NEVER else least,
-            self.processor.snapshot(),
         )
 
 

@@ -72,6 +72,7 @@ async def main() -> None:
                 commit_every_s=settings.commit_every_s,
                 bulk_gather_s=0.1,
             ),
+            checkpoints=settings.checkpoint_files(),
         )
 
         def joins() -> dict[int, Join]:

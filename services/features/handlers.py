@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 
 from causemesh.catalogue import Catalogue
+from causemesh.checkpoints import Encode
 from causemesh.clock import Clock
 from causemesh.faultpoints import Point, reach
 from causemesh.runner import Batch, Emission, Outgoing
@@ -139,36 +140,82 @@ class Join:
         self.state.declare(UNRESOLVED, ())
         self.book = ModelBook(self.state.store.known_names, self._plan.transforms)
         self.backfills = Backfills(self._plan.views, self._catalogue, self.partition)
+        self._books_read = self._books()
+        self._replaced = False
         self._publisher = VectorPublisher(
             self.state.store, self.partition, self._partitions, self._clock, self._publish_seconds
         )
         if state is not None:
             blobs = unpack_blobs(state, "features")
-            self.book.load(blobs["models"])
-            for signature in self.book.signatures.values():
-                if signature.name not in self.book.broken:
-                    self.state.declare(signature.name, signature.view_features)
-            self.backfills.load(blobs.get("backfills", b"{}"))
-            self.backfills.begin(self.state.restore(blobs["state"]), self._positions())
-            self._publish_all(self.state.store.views)
+            self._books_read = blobs
+            self._load_models()
+            self._resume(self.state.restore(blobs["state"]))
         self._stored = self._noted = self._known()
+
+    def _load_models(self) -> None:
+        self.book.load(self._books_read["models"])
+        for signature in self.book.signatures.values():
+            if signature.name not in self.book.broken:
+                self.state.declare(signature.name, signature.view_features)
 
     def snapshot(self) -> bytes | None:
         """See `Processor.snapshot`."""
         self._noted = self._known()
-        blobs = {
-            "models": self.book.dump(),
-            "state": self.state.snapshot(),
-            "backfills": self.backfills.dump(),
-        }
-        return pack({"kind": "features"}, {}, blobs)
+        return _packed(self._books(), self.state.snapshot)()
+
+    def pieces(self) -> Sequence[str]:
+        """See `Pieced.pieces`."""
+        return self.state.pieces()
+
+    def piece(self, name: str) -> Encode:
+        """See `Pieced.piece`."""
+        return _packed(self._books(), self.state.piece(name))
+
+    def track(self) -> None:
+        """See `Pieced.track`."""
+        self.state.track()
+        self._replaced = False
+
+    def replaced(self) -> bool:
+        """See `Pieced.replaced`: so is the state of a view that was given its past."""
+        return self._replaced
+
+    def delta(self) -> Encode:
+        """See `Pieced.delta`."""
+        self._noted = self._known()
+        return _packed(self._books(), self.state.changes())
+
+    def apply(self, body: bytes) -> None:
+        """See `Pieced.apply`."""
+        self._books_read = unpack_blobs(body, "features")
+        self.state.apply_part(self._books_read["state"])
+
+    def applied(self) -> None:
+        """See `Pieced.applied`."""
+        new = self.state.settle()
+        self._load_models()
+        self._resume(new)
+        self._stored = self._noted = self._known()
+
+    def committed(self) -> None:
+        """See `Pieced.committed`."""
+        self._stored = self._noted
+        self._publish_all(self.backfills.committed())
+
+    def _books(self) -> dict[str, bytes]:
+        """What is kept beside the state."""
+        return {"models": self.book.dump(), "backfills": self.backfills.dump()}
+
+    def _resume(self, new: Iterable[str]) -> None:
+        """Go on from a saved state that knows nothing of the `new` views."""
+        self.backfills.load(self._books_read.get("backfills", b"{}"))
+        self.backfills.begin(new, self._positions())
+        self._publish_all(self.state.store.views)
 
     async def process(
         self, batches: Sequence[Batch], watermark_us: int, transaction: Any
     ) -> Emission:
         """See `Processor.process`: everything is read before any is taken."""
-        self._stored = self._noted  # had the commit failed, the worker would have started over
-        self._publish_all(self.backfills.committed())
         if self._ends is not None:
             await self.backfills.place(self._ends)
         read = [
@@ -198,6 +245,7 @@ class Join:
         for name, past in made:
             self.state.take_over(name, past.state, past.ahead)
         if made:
+            self._replaced = True
             reach(Point.BACKFILL_MERGED)
         return bool(made)
 
@@ -388,6 +436,10 @@ class Join:
                 for name, one in self.book.rollouts.items()
             },
         }
+
+
+def _packed(books: Mapping[str, bytes], state: Encode) -> Encode:
+    return lambda: pack({"kind": "features"}, {}, {**books, "state": state()})
 
 
 def _completed(

@@ -82,9 +82,7 @@ class VectorPublisher:
     def _view(
         self, state: ViewState, touched: Ints, as_of_us: int, cause: tuple[str, int, int]
     ) -> Outgoing:
-        keys = state.index.keys
-        held = np.flatnonzero(np.isin(state.index.rows, touched))
-        names = [keys[at] for at in held.tolist()]
+        names = [name for name in state.index.keys_of(touched) if name is not None]
         if state.view.placement == "broadcast":
             names = [name for name in names if self._is_ours(state, name)]
         matrix = state.answer(names, np.full(len(names), as_of_us, dtype=np.int64))

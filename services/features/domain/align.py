@@ -9,7 +9,7 @@ comes out of order as a replay. What waits, is held or not applied yet is part o
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -17,13 +17,17 @@ import numpy as np
 import polars as pl
 
 from causemesh.errors import Misdeclared, Poison
-from services.features.domain.aggregates import RowEvents, stacked, unstacked
+from services.features.domain.aggregates import RowEvents
+from services.features.domain.columns import pack_columns, unpack_columns
 from services.features.domain.events import Ints, ViewEvents, int64
 from services.features.domain.feature_store import FeatureStore
-from services.features.domain.snapshots import frame_matrix, matrix_frame, pack, unpack
+from services.features.domain.snapshots import pack, unpack, unpack_blobs
 
 ApplyOn = Literal["watermark", "arrival"]
+# Of a part of a checkpoint: all that waits; what was added; that, and less what was applied.
+_Form = Literal["whole", "added", "advanced"]
 DEFAULT_SLICE_US = 60_000_000
+_PENDING = "pending."
 _NONE: Ints = np.empty(0, np.int64)
 _REQUIRED = ("source", "position", "occurred_at_us", "mode", "signature", "tenant_id")
 
@@ -74,6 +78,9 @@ class Aligner:
         self._touched: dict[str, list[Ints]] = {}
         self._waiting: pl.DataFrame | None = None
         self._held: pl.DataFrame | None = None
+        # events taken since the last checkpoint, by view; None where nobody asks
+        self._unsaved: dict[str, list[RowEvents]] | None = None
+        self._advanced = False  # since the last checkpoint
 
     def declare(self, signature: str, feature_names: Sequence[str]) -> None:
         """Say which features the requests of a signature ask for; Misdeclared if one is unknown.
@@ -114,6 +121,12 @@ class Aligner:
             self._apply(view_name, coded, None)
         else:
             _append(self._pending[view_name], coded)
+            if self._unsaved is not None:
+                self._unsaved[view_name].append(coded)
+
+    def forget(self, view_name: str) -> None:
+        """Drop the events of a view that wait to be applied."""
+        self._pending[view_name] = []
 
     def take_over(self, view_name: str, rows: Ints, ahead: ViewEvents) -> None:
         """Go on after the store put another state of a view in the place of the one it had.
@@ -156,6 +169,9 @@ class Aligner:
         if self._boundary_us is None or boundary > self._boundary_us:
             self._boundary_us = boundary
         due = {name: self._take_due(name, self._boundary_us) for name in self._pending}
+        if self._unsaved is not None:
+            self._unsaved = {name: self._still(parts) for name, parts in self._unsaved.items()}
+            self._advanced = True
         answered = self._answer_due(due, self._boundary_us)
         for name, parts in due.items():
             columns = len(self._store.views[name].view.columns)
@@ -208,26 +224,68 @@ class Aligner:
 
     def snapshot(self) -> bytes:
         """The buffers as bytes; the states of the views are saved apart."""
+        return self.all_part()()
+
+    def track(self) -> None:
+        """Begin to note what is taken."""
+        self._unsaved = {name: [] for name in self._pending}
+        self._advanced = False
+
+    def all_part(self) -> Callable[[], bytes]:
+        """The buffers; the bytes can be made later, in another thread."""
+        return self._part(self._pending, "whole")
+
+    def changes_part(self) -> Callable[[], bytes]:
+        """The buffers, but of the events that wait only those taken since the last call."""
+        assert self._unsaved is not None
+        part = self._part(self._unsaved, "advanced" if self._advanced else "added")
+        self.track()
+        return part
+
+    def apply_part(self, body: bytes) -> None:
+        """Take over a part, after those before it; Misdeclared if settings differ."""
+        before = self._pending
+        form = self._load(body)
+        for name, parts in self._pending.items():
+            if form == "added":
+                self._pending[name] = [*before[name], *parts]
+            elif form == "advanced":
+                self._pending[name] = [*self._still(before[name]), *parts]
+
+    def _still(self, parts: list[RowEvents]) -> list[RowEvents]:
+        """Of events that waited to be applied, those that wait on after `advance`."""
+        assert self._boundary_us is not None
+        return _split(parts, self._boundary_us)[1]
+
+    def _part(self, pending: Mapping[str, Sequence[RowEvents]], form: _Form) -> Callable[[], bytes]:
         header = {
             "kind": "aligner",
+            "form": form,
             "slice_us": self._slice_us,
             "apply_on": self._apply_on,
             "boundary_us": self._boundary_us,
-            "signatures": self._signatures,
+            "signatures": dict(self._signatures),
             "late_events": self._late_events,
             "late_requests": self._late_requests,
         }
         named = {"waiting": self._waiting, "held": self._held}
         frames = {name: frame for name, frame in named.items() if frame is not None}
-        for name, parts in self._pending.items():
-            if parts:
-                together = stacked(RowEvents.concatenate(parts))
-                frames[f"pending.{name}"] = matrix_frame(together)
-        return pack(header, frames)
+        taken = {name: list(parts) for name, parts in pending.items() if parts}
+
+        def encode() -> bytes:
+            blobs = {_PENDING + name: _packed(parts) for name, parts in taken.items()}
+            return pack(header, frames, blobs)
+
+        return encode
 
     def restore(self, snapshot: bytes) -> None:
         """Take over saved buffers, after the views' states; Misdeclared if settings differ."""
-        header, frames = unpack(snapshot, "aligner")
+        self._load(snapshot)
+
+    def _load(self, saved: bytes) -> _Form:
+        """Take over a part, in place of what there is; returns its form."""
+        header, frames = unpack(saved, "aligner")
+        blobs = unpack_blobs(saved, "aligner")
         for setting, value in (("slice_us", self._slice_us), ("apply_on", self._apply_on)):
             if header[setting] != value:
                 raise Misdeclared(f"{setting} is {value!r} but the state has {header[setting]!r}")
@@ -236,11 +294,12 @@ class Aligner:
         self._boundary_us = header["boundary_us"]
         self._late_events, self._late_requests = header["late_events"], header["late_requests"]
         self._waiting, self._held = frames.get("waiting"), frames.get("held")
-        for name, state in self._store.views.items():
-            saved = frames.get(f"pending.{name}")
-            if saved is not None:
-                width = 4 + len(state.view.columns)
-                self._pending[name] = [unstacked(frame_matrix(saved, saved.height, width))]
+        events = {name: blobs.get(_PENDING + name) for name in self._store.views}
+        self._pending = {
+            name: [] if packed is None else [_unpacked(packed)] for name, packed in events.items()
+        }
+        form: _Form = header["form"]
+        return form
 
     def _check(self, frame: pl.DataFrame) -> None:
         missing = [name for name in _REQUIRED if name not in frame.columns]
@@ -265,17 +324,7 @@ class Aligner:
 
     def _take_due(self, name: str, boundary_us: int) -> list[RowEvents]:
         """Remove and return the pending events before the boundary."""
-        taken, kept = [], []
-        for part in self._pending[name]:
-            due = part.occurred_at_us < boundary_us
-            if due.all():
-                taken.append(part)
-            elif due.any():
-                taken.append(part.take(due))
-                kept.append(part.take(~due))
-            else:
-                kept.append(part)
-        self._pending[name] = kept
+        taken, self._pending[name] = _split(self._pending[name], boundary_us)
         return taken
 
     def _answer_due(self, due: dict[str, list[RowEvents]], boundary_us: int) -> int:
@@ -320,6 +369,36 @@ class Aligner:
         self._applied = self._late_events = self._dropped_events = self._late_requests = 0
         self._touched = {}
         return report
+
+
+def _split(parts: list[RowEvents], at_us: int) -> tuple[list[RowEvents], list[RowEvents]]:
+    """The events before this time, and the others; parts that are on one side are not copied."""
+    before, left = [], []
+    for part in parts:
+        due = part.occurred_at_us < at_us
+        if due.all():
+            before.append(part)
+        elif due.any():
+            before.append(part.take(due))
+            left.append(part.take(~due))
+        else:
+            left.append(part)
+    return before, left
+
+
+def _packed(parts: Sequence[RowEvents]) -> bytes:
+    own = ("rows", "occurred_at_us", "source", "position")
+    columns = {name: [getattr(part, name) for part in parts] for name in own}
+    for place in range(len(parts[0].values)):
+        columns[f"values.{place}"] = [part.values[place] for part in parts]
+    return pack_columns({"kind": "pending"}, columns)
+
+
+def _unpacked(packed: bytes) -> RowEvents:
+    _, columns, _ = unpack_columns(packed, "pending")
+    rows, times, source, position, *values = columns.values()
+    matrix = np.array(values, np.int64).reshape(len(values), len(rows))
+    return RowEvents(rows, times, source, position, matrix)
 
 
 def _append(parts: list[RowEvents], more: RowEvents) -> None:

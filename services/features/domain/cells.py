@@ -45,6 +45,16 @@ class Cells:
             {"owner": self.owners, "tile": self.tiles, "cell": self.cells, "value": self.values}
         )
 
+    def part(self, places: slice) -> Cells:
+        """A range of the cells, without copying."""
+        return Cells(
+            self.owners[places], self.tiles[places], self.cells[places], self.values[places]
+        )
+
+    def stacked(self) -> Ints:
+        """The same as one array [4, n]."""
+        return np.stack([self.owners, self.tiles, self.cells, self.values])
+
     @staticmethod
     def from_frame(frame: pl.DataFrame) -> Cells:
         """What `frame` wrote, read back."""
@@ -115,6 +125,8 @@ class CellStore:
     def __init__(self, kind: SketchKind) -> None:
         self.kind: SketchKind = kind
         self._runs: list[Cells] = []
+        self.unsaved: list[Cells] | None = None
+        """What was added since the last checkpoint; None where nobody asks."""
 
     def __len__(self) -> int:
         return sum(map(len, self._runs))
@@ -126,11 +138,13 @@ class CellStore:
         """
         if not len(cells):
             return
-        self._runs.append(self._reduced(cells))
+        run = self._reduced(cells)
+        self._runs.append(run)
+        if self.unsaved is not None:
+            self.unsaved.append(run)
         while len(self._runs) > 1 and len(self._runs[-2]) <= 2 * len(self._runs[-1]):
             both = Cells.concatenate(self._runs[-2:])
-            alive = (held[both.owners] == both.tiles) & (both.tiles > oldest_tile)
-            self._runs[-2:] = [self._reduced(both.take(np.flatnonzero(alive)))]
+            self._runs[-2:] = [self._reduced(_alive(both, held, oldest_tile))]
 
     def find(self, slots: Ints, tiles: Ints) -> tuple[Ints, Cells]:
         """The cells of these slots that are of these tiles, and of which of the slots each is."""
@@ -147,16 +161,38 @@ class CellStore:
 
     def forget(self, rows: Ints, length: int) -> None:
         """Drop the cells of these rows, whose slots are `length` to a row."""
-        kept = [
-            run.take(np.flatnonzero(~np.isin(run.owners // length, rows))) for run in self._runs
-        ]
+        self._runs = _without(self._runs, rows, length)
+        if self.unsaved is not None:
+            self.unsaved = _without(self.unsaved, rows, length)
+
+    def forget_slots(self, slots: slice) -> None:
+        """Drop the cells of a range of slots."""
+        kept = []
+        for run in self._runs:
+            inside = _inside(run, slots)
+            left = run
+            if inside.start < inside.stop:
+                places = np.arange(len(run))
+                left = run.take(np.delete(places, inside))
+            kept.append(left)
         self._runs = [run for run in kept if len(run)]
 
-    def dump(self, held: Ints, oldest_tile: int) -> Cells:
-        """All cells that an answer may still see, each once."""
-        both = Cells.concatenate([Cells.none(), *self._runs])
-        alive = (held[both.owners] == both.tiles) & (both.tiles > oldest_tile)
-        return self._reduced(both.take(np.flatnonzero(alive)))
+    def dump(self, held: Ints, oldest_tile: int, slots: slice = slice(0, None)) -> Cells:
+        """All cells (of a range of slots) that an answer may still see, each once."""
+        both = Cells.concatenate(
+            [Cells.none(), *(run.part(_inside(run, slots)) for run in self._runs)]
+        )
+        return self._reduced(_alive(both, held, oldest_tile))
+
+    def take_unsaved(self, held: Ints, oldest_tile: int) -> Cells:
+        """What was added since the last checkpoint, less what no answer sees: a cell may be there
+        twice (see `once`). Starts again."""
+        found, self.unsaved = self.unsaved or [], []
+        return _alive(Cells.concatenate([Cells.none(), *found]), held, oldest_tile)
+
+    def once(self, cells: Cells) -> Cells:
+        """Each cell once, in order."""
+        return self._reduced(cells)
 
     def load(self, cells: Cells) -> None:
         """Take over what `dump` gave, its slots as they are now."""
@@ -169,3 +205,23 @@ class CellStore:
     def _reduced(self, cells: Cells) -> Cells:
         found = reduced(self.kind, cells)
         return uncrowded(found) if self.kind == "values" else found
+
+
+def _inside(run: Cells, slots: slice) -> slice:
+    """Where the cells of a range of slots lie in a run."""
+    first = int(np.searchsorted(run.owners, slots.start))
+    if slots.stop is None:
+        return slice(first, len(run))
+    return slice(first, int(np.searchsorted(run.owners, slots.stop)))
+
+
+def _without(runs: Sequence[Cells], rows: Ints, length: int) -> list[Cells]:
+    """Runs less the cells of these rows."""
+    kept = [run.take(np.flatnonzero(~np.isin(run.owners // length, rows))) for run in runs]
+    return [run for run in kept if len(run)]
+
+
+def _alive(cells: Cells, held: Ints, oldest_tile: int) -> Cells:
+    """The cells whose slots still hold their tile, if an answer may see it."""
+    alive = (held[cells.owners] == cells.tiles) & (cells.tiles > oldest_tile)
+    return cells.take(np.flatnonzero(alive))

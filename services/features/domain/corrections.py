@@ -36,6 +36,8 @@ class KeptEvents:
         self._id, self._target, self._void = (names.index(name) for name in CORRECTION_COLUMNS)
         self._parts = [RowEvents.none(len(view.columns))]
         self._settled = 0
+        self.unsaved: list[RowEvents] | None = None
+        """What was added since the last checkpoint; None where nobody asks."""
         self._reach_us = reach_us(view)
 
     @property
@@ -47,6 +49,8 @@ class KeptEvents:
     def add(self, events: RowEvents) -> None:
         """Keep these too."""
         self._parts.append(events)
+        if self.unsaved is not None:
+            self.unsaved.append(events)
 
     def prune(self, from_us: int) -> None:
         """Forget events before this time, once there are many.
@@ -54,11 +58,29 @@ class KeptEvents:
         Corrections stay for as long as an event they name can be visible.
         """
         if sum(map(len, self._parts)) > 2 * self._settled:
-            events = self.events
-            corrects = events.values[self._target] != NULL
-            needed_us = from_us - np.where(corrects, self._reach_us, 0)
-            self._parts = [events.take(events.occurred_at_us >= needed_us)]
+            self._parts = [self.visible(self.events, from_us)]
             self._settled = len(self._parts[0])
+
+    def visible(self, events: RowEvents, from_us: int) -> RowEvents:
+        """Those of the events that are kept when answers see none before this time."""
+        corrects = events.values[self._target] != NULL
+        needed_us = from_us - np.where(corrects, self._reach_us, 0)
+        return events.take(events.occurred_at_us >= needed_us)
+
+    def take_unsaved(self) -> RowEvents:
+        """What was added since the last checkpoint; starts again."""
+        found, self.unsaved = self.unsaved or [], []
+        return RowEvents.concatenate([RowEvents.none(len(self._parts[0].values)), *found])
+
+    def drop(self, rows: Ints | slice) -> None:
+        """Forget the events of these rows."""
+        events = self.events
+        if isinstance(rows, slice):
+            gone = (events.rows >= rows.start) & (events.rows < rows.stop)
+        else:
+            gone = np.isin(events.rows, rows)
+        if gone.any():
+            self._parts = [events.take(~gone)]
 
     def corrected_rows(self, more: RowEvents) -> Ints:
         """The rows whose answer is not just that over what is kept and `more`: rising, unique."""
@@ -91,8 +113,7 @@ class KeptEvents:
         at = np.searchsorted(targets[newest], every.values[self._id])
         fix = newest[np.minimum(at, len(newest) - 1)]
         early_us = every.occurred_at_us - every.occurred_at_us[fix]
-        removed: Mask = (targets[fix] == every.values[self._id]) & (early_us <= self._reach_us)
-        return removed
+        return np.asarray((targets[fix] == every.values[self._id]) & (early_us <= self._reach_us))
 
     def memory_bytes(self) -> int:
         """Bytes of the columns."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -20,6 +21,7 @@ from services.features.domain.aggregates import (
     stacked,
     unstacked,
 )
+from services.features.domain.changes import Touched
 from services.features.domain.chunk import Chunk
 from services.features.domain.corrections import KeptEvents
 from services.features.domain.definitions import FeatureView
@@ -59,17 +61,30 @@ class ViewState:
         # only where the view takes corrections
         self._kept_events = KeptEvents(view) if view.corrects or view.retracts else None
         self.applied_until_us: int | None = None
-        self._ensure()
+        # of `_latest`: rows that changed, and rows that were cleared; None where nobody asks
+        self.touched: Touched | None = None
+        self.cleared: Touched | None = None
+        self.ensure()
 
     @property
     def entities(self) -> list[str]:
         """The keys of all entities with state."""
         return self.index.keys
 
+    @property
+    def latest(self) -> Ints:
+        """The newest records of every row: int64 [rows, columns, RECORD]."""
+        return self._latest
+
+    @property
+    def kept_events(self) -> KeptEvents | None:
+        """What is kept for corrections, where the view takes some."""
+        return self._kept_events
+
     def encode(self, events: ViewEvents) -> RowEvents:
         """The events with rows in place of keys; entities not seen before get a row."""
         rows = self.index.find_or_add(events.entity)
-        self._ensure()
+        self.ensure()
         return RowEvents(rows, events.occurred_at_us, events.source, events.position, events.values)
 
     def apply(self, events: ViewEvents | RowEvents, until_us: int | None = None) -> Applied:
@@ -102,9 +117,7 @@ class ViewState:
     def _make_anew(self, rows: Ints) -> None:
         """Replace the state of these rows by that over their events that count."""
         assert self._kept_events is not None
-        self.ring.clear(rows)
-        self.sketches.forget(rows)
-        self._latest[rows] = NEVER
+        self._clear(rows)
         counting = self._kept_events.counting(rows, RowEvents.none(len(self.view.columns)))
         if len(counting):
             self._add_plain(counting)
@@ -153,7 +166,7 @@ class ViewState:
             alone = ViewState(self.view)
             alone._kept_events = None
             alone.index.find_or_add(pl.Series(["it"]))
-            alone._ensure()
+            alone.ensure()
             if len(counting):
                 alone._add_plain(replace(counting, rows=np.ones(len(counting), np.int64)))
             out[at] = alone._answer_plain(np.ones(1, np.int64), as_of, ())[0]
@@ -198,12 +211,17 @@ class ViewState:
             idle &= ~np.isin(rows, self._kept_events.events.rows)
         if keep is not None:
             idle &= ~np.isin(rows, keep)
-        keys = [key for key, gone in zip(self.index.keys, idle.tolist(), strict=True) if gone]
-        released = self.index.release(keys)
-        self.ring.clear(released)
-        self.sketches.forget(released)
-        self._latest[released] = NEVER
+        released = rows[idle]
+        self.index.release(released)
+        self._clear(released)
         return len(released)
+
+    def _clear(self, rows: Ints) -> None:
+        self.ring.clear(rows)
+        self.sketches.forget(rows)
+        self._latest[rows] = NEVER
+        if self.cleared is not None:
+            self.cleared.note(rows)
 
     def _visible_from_us(self, as_of_us: int) -> int:
         """The earliest event time that an answer as of then or later can see."""
@@ -224,7 +242,7 @@ class ViewState:
         rows[other.index.rows] = self.index.find_or_add(
             pl.Series(other.index.keys, dtype=pl.String)
         )
-        self._ensure()
+        self.ensure()
         ends = [one for one in (self.applied_until_us, other.applied_until_us) if one is not None]
         self.applied_until_us = max(ends, default=None)
         if other._kept_events is not None:
@@ -233,10 +251,10 @@ class ViewState:
             if len(kept):
                 self._add(replace(kept, rows=rows[kept.rows]))
             return rows
-        there, tiles, parts = other.ring.occupied()
+        there, tiles, parts = other.ring.tiles_at(other.ring.occupied())
         if len(there):
             self.ring.merge(rows[there], tiles, parts)
-        self.sketches.merge(other.sketches, rows, self._oldest_tile())
+        self.sketches.merge(other.sketches, rows, self.oldest_tile)
         mine, theirs = rows[other.index.rows], other._latest[other.index.rows]
         self._latest[mine] = newest(self._latest[mine], theirs)
         return rows
@@ -251,8 +269,7 @@ class ViewState:
         """The whole state as bytes; what no answer can see any more is left out."""
         rows = self.index.rows
         entities = pl.DataFrame({"key": pl.Series(self.index.keys, dtype=pl.String), "row": rows})
-        tile_rows, tiles, parts = self.ring.occupied()
-        visible = tiles > self._oldest_tile()
+        tile_rows, tiles, parts = self.visible_tiles(self.ring.occupied())
         header = {
             "kind": "view",
             "view": self.view.name,
@@ -262,28 +279,24 @@ class ViewState:
         frames = {
             "entities": entities,
             "latest": matrix_frame(self._latest[rows]),
-            "slots": pl.DataFrame({"row": tile_rows[visible], "tile": tiles[visible]}),
-            "sums": matrix_frame(parts.sums[visible]),
-            "mins": matrix_frame(parts.mins[visible]),
-            "lasts": matrix_frame(parts.lasts[visible]),
+            "slots": pl.DataFrame({"row": tile_rows, "tile": tiles}),
+            "sums": matrix_frame(parts.sums),
+            "mins": matrix_frame(parts.mins),
+            "lasts": matrix_frame(parts.lasts),
         }
-        frames |= self.sketches.frames(self._oldest_tile())
+        frames |= self.sketches.frames(self.oldest_tile)
         if self._kept_events is not None:
-            frames["kept"] = matrix_frame(stacked(self._kept_events.events))
+            frames["kept"] = matrix_frame(stacked(self.visible_kept(self._kept_events.events)))
         return pack(header, frames)
 
     def restore(self, snapshot: bytes) -> None:
         """Take over a snapshot, in place of what there is; Misdeclared if the view has changed."""
         header, frames = unpack(snapshot, "view")
-        if header["fingerprint"] != self.view.fingerprint:
-            raise Misdeclared(
-                f"view {self.view.name!r} is not the one its state was saved by "
-                f"({header['view']!r}): give a changed view a new version and replay its events"
-            )
+        self.check(header)
         fresh = ViewState(self.view)
         rows = frames["entities"]["row"].to_numpy()
         fresh.index.restore(frames["entities"]["key"].to_list(), rows)
-        fresh._ensure()
+        fresh.ensure()
         fresh._latest[rows] = frame_matrix(frames["latest"], len(rows), *self._latest.shape[1:])
         slots, layout = frames["slots"], self.layout
         parts = Aggregates(
@@ -300,6 +313,25 @@ class ViewState:
             fresh._kept_events.add(unstacked(saved))
         fresh.applied_until_us = header["applied_until_us"]
         self.__dict__.update(fresh.__dict__)
+
+    def check(self, header: Mapping[str, Any]) -> None:
+        """Misdeclared when what has this header was saved by another form of the view."""
+        if header["fingerprint"] != self.view.fingerprint:
+            raise Misdeclared(
+                f"view {self.view.name!r} is not the one its state was saved by "
+                f"({header['view']!r}): give a changed view a new version and replay its events"
+            )
+
+    def visible_tiles(self, slots: Ints) -> tuple[Ints, Ints, Aggregates]:
+        """Row, tile and aggregates of those of the slots that an answer may still see."""
+        seen = slots[self.ring.held[slots] > self.oldest_tile]
+        return self.ring.tiles_at(seen)
+
+    def visible_kept(self, events: RowEvents) -> RowEvents:
+        """Those of the events, kept for corrections, that an answer may still see."""
+        if self._kept_events is None or self.applied_until_us is None:
+            return events
+        return self._kept_events.visible(events, self._visible_from_us(self.applied_until_us))
 
     def _place_sessions(self, rows: Ints, extents: Extents, chunk: Chunk | None) -> None:
         """Find out how far back each open session goes, and write it into `extents.high`."""
@@ -318,11 +350,12 @@ class ViewState:
                 first[:, :ages], last[:, :ages], extents.as_of_us, gap_us
             )
 
-    def _ensure(self) -> None:
-        have = len(self._latest)
-        if self.index.end <= have:
+    def ensure(self, rows: int = 0) -> None:
+        """Make room for all entities, and for so many rows."""
+        have, need = len(self._latest), max(self.index.end, rows)
+        if need <= have:
             return
-        capacity = max(self.index.end, 2 * have, 16)
+        capacity = max(need, 2 * have, 16)
         grown = np.full((capacity, len(self._kept), RECORD), NEVER, np.int64)
         grown[:have] = self._latest
         self._latest = grown
@@ -330,7 +363,7 @@ class ViewState:
 
     def _apply_tiles(self, events: RowEvents) -> int:
         tiles = events.occurred_at_us // self.view.tile_us
-        visible = tiles > self._oldest_tile()
+        visible = tiles > self.oldest_tile
         late = len(events) - int(np.count_nonzero(visible))
         if late:
             events, tiles = events.take(visible), tiles[visible]
@@ -345,13 +378,14 @@ class ViewState:
             rows, of_run = rows[fits], of_run[fits]
             parts = Aggregates(parts.sums[fits], parts.mins[fits], parts.lasts[fits])
         fresh = self.ring.merge(rows, of_run, parts)
-        self.sketches.add(events, tiles, self._oldest_tile())
+        self.sketches.add(events, tiles, self.oldest_tile)
         if not fresh.all():
             sizes = np.diff(starts, append=len(events))[fits]
             late += int(sizes[~fresh].sum())
         return late
 
-    def _oldest_tile(self) -> int:
+    @property
+    def oldest_tile(self) -> int:
         """The newest tile that has left every window an answer may still be asked for."""
         if self.applied_until_us is None:
             return EMPTY
@@ -366,6 +400,8 @@ class ViewState:
             [records_of_segments(events, 1, column, starts) for column in self._kept], axis=1
         )
         self._latest[rows] = newest(self._latest[rows], found)
+        if self.touched is not None:
+            self.touched.note(rows)
 
 
 def _keys(entities: Entities) -> pl.Series:

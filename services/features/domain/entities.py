@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import heapq
+from collections.abc import Sequence
 from itertools import repeat
 
 import numpy as np
 import polars as pl
 
+from services.features.domain.changes import Touched
 from services.features.domain.events import Ints
 
 # Row 0 belongs to no entity and stays empty, so that an unknown entity needs no special case.
 NOBODY = 0
-# A dictionary slot, a key and a number, roughly.
-ENTITY_BYTES = 150
+# A dictionary slot, a key, a number and a place in the list of keys, roughly.
+ENTITY_BYTES = 158
 
 
 class EntityIndex:
-    """A dictionary from key to row; rows that were released are given out again."""
+    """A dictionary from key to row, and the key of each row.
+
+    A new key gets the lowest free row, so which rows are given out next depends on nothing but the
+    keys that are held: a restored index goes on as the one that was saved.
+    """
 
     def __init__(self) -> None:
         self._rows: dict[str, int] = {}
-        self._free: list[int] = []
-        self._end = 1
+        self._keys: list[str | None] = [None]
+        self._free: list[int] = []  # a heap
+        self.changed: Touched | None = None
+        """Rows given out or released; None where nobody asks."""
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -29,17 +38,24 @@ class EntityIndex:
     @property
     def end(self) -> int:
         """One more than the highest row ever given out: what the arrays must hold."""
-        return self._end
+        return len(self._keys)
 
     @property
     def keys(self) -> list[str]:
         """All keys, in the order of `rows`."""
-        return list(self._rows)
+        return [key for key in self._keys if key is not None]
 
     @property
     def rows(self) -> Ints:
-        """The rows of all keys, in the order of `keys`."""
-        return np.fromiter(self._rows.values(), np.int64, len(self._rows))
+        """The rows of all keys, rising."""
+        held = np.ones(self.end, np.bool_)
+        held[NOBODY] = False
+        held[self._free] = False
+        return np.flatnonzero(held)
+
+    def keys_of(self, rows: Ints) -> list[str | None]:
+        """The key of each row; None where it has none."""
+        return [self._keys[row] for row in rows.tolist()]
 
     def find(self, keys: pl.Series) -> Ints:
         """The row of each key; NOBODY for a null or unknown one."""
@@ -57,28 +73,57 @@ class EntityIndex:
         if len(unknown):
             strangers = keys.gather(unknown)
             for key in strangers.unique(maintain_order=True):
-                self._rows[key] = self._next_row()
-            rows[unknown] = self.find(strangers)
+                self._rows[key] = self._next_row(key)
+            found = self.find(strangers)
+            rows[unknown] = found
+            if self.changed is not None:
+                self.changed.note(found)
         return rows
 
-    def release(self, keys: list[str]) -> Ints:
-        """Forget these keys; their rows, which the caller clears, are free from now on."""
-        rows = [self._rows.pop(key) for key in keys]
-        self._free.extend(rows)
-        return np.array(rows, np.int64)
+    def release(self, rows: Ints) -> None:
+        """Forget the keys of these rows, which the caller clears; they are free from now on."""
+        for row in rows.tolist():
+            key = self._keys[row]
+            assert key is not None
+            del self._rows[key]
+            self._keys[row] = None
+            heapq.heappush(self._free, row)
+        if self.changed is not None:
+            self.changed.note(rows)
 
-    def restore(self, keys: list[str], rows: Ints) -> None:
-        """Take over the keys and rows of a snapshot."""
-        self._rows = dict(zip(keys, rows.tolist(), strict=True))
-        self._end = int(rows.max(initial=0)) + 1
-        self._free = np.setdiff1d(np.arange(1, self._end), rows).tolist()
+    def restore(self, keys: Sequence[str], rows: Ints) -> None:
+        """Take over the keys and rows of a snapshot, in place of what there is."""
+        self._rows, self._keys = {}, [None]
+        self.put(keys, rows)
+        self.settle()
+
+    def put(self, keys: Sequence[str | None], rows: Ints) -> None:
+        """Give these rows (each once) these keys, None for none. Call `settle` at the end."""
+        self._keys.extend(repeat(None, int(rows.max(initial=0)) + 1 - self.end))
+        places = rows.tolist()
+        for row in places:  # all old keys first: one may have moved
+            old = self._keys[row]
+            if old is not None:
+                del self._rows[old]
+        for row, key in zip(places, keys, strict=True):
+            self._keys[row] = key
+            if key is not None:
+                self._rows[key] = row
+
+    def settle(self) -> None:
+        """Find the free rows, after `put`."""
+        while len(self._keys) > 1 and self._keys[-1] is None:
+            self._keys.pop()
+        self._free = [row for row, key in enumerate(self._keys) if key is None][1:]
 
     def memory_bytes(self) -> int:
         """Roughly what the dictionary holds: a slot, a key and a number for each entity."""
         return ENTITY_BYTES * len(self._rows) + 8 * len(self._free)
 
-    def _next_row(self) -> int:
+    def _next_row(self, key: str) -> int:
         if self._free:
-            return self._free.pop()
-        self._end += 1
-        return self._end - 1
+            row = heapq.heappop(self._free)
+            self._keys[row] = key
+            return row
+        self._keys.append(key)
+        return self.end - 1

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from services.features.domain.aggregates import NEVER, NO_MINIMUM, RECORD, Aggregates
+from services.features.domain.changes import Touched
 from services.features.domain.events import Ints
 from services.features.domain.layout import Layout
 from services.features.domain.windowed import Extents, Windowed, decayed
@@ -39,6 +40,8 @@ class TileRing:
         self._tiles = tiles
         self._held = np.empty(0, np.int64)
         self._data = Aggregates.nothing(layout, 0)
+        self.touched: Touched | None = None
+        """Slots that were written; None where nobody asks."""
         self.ensure(1)
 
     def ensure(self, rows: int) -> None:
@@ -66,11 +69,14 @@ class TileRing:
         same = np.flatnonzero(held == tiles)
         if len(same):
             parts = _merge_some(parts, same, self._at(slots[same]))
-        self._held[slots] = tiles
-        self._data.sums[slots] = parts.sums
-        self._data.mins[slots] = parts.mins
-        self._data.lasts[slots] = parts.lasts
+        self._write(slots, tiles, parts)
+        if self.touched is not None:
+            self.touched.note(slots)
         return np.asarray(fresh)
+
+    def put(self, rows: Ints, tiles: Ints, parts: Aggregates) -> None:
+        """Write (row, tile) slots, whatever they held."""
+        self._write(rows * self.length + tiles % self.length, tiles, parts)
 
     def windows(self, rows: Ints, extents: Extents) -> Windowed:
         """Aggregates of every window of each row."""
@@ -106,7 +112,7 @@ class TileRing:
         """Which tile each slot holds, EMPTY for none; read only."""
         return self._held
 
-    def clear(self, rows: Ints) -> None:
+    def clear(self, rows: Ints | slice) -> None:
         """Empty all tiles of these rows."""
         if self.length:
             self._held.reshape(-1, self.length)[rows] = EMPTY
@@ -117,15 +123,26 @@ class TileRing:
             return np.full(len(rows), EMPTY, np.int64)
         return np.asarray(self._held.reshape(-1, self.length)[rows].max(axis=1, initial=EMPTY))
 
-    def occupied(self) -> tuple[Ints, Ints, Aggregates]:
-        """All (row, tile) slots in use and what they hold."""
-        slots = np.flatnonzero(self._held != EMPTY)
+    def occupied(self, rows: slice = slice(0, None)) -> Ints:
+        """The slots of these rows (all) that hold a tile, rising."""
+        first = rows.start * self.length
+        end = None if rows.stop is None else rows.stop * self.length
+        return np.asarray(np.flatnonzero(self._held[first:end] != EMPTY) + first)
+
+    def tiles_at(self, slots: Ints) -> tuple[Ints, Ints, Aggregates]:
+        """Row, tile and what it holds of each slot in use."""
         return slots // max(1, self.length), self._held[slots], self._at(slots)
 
     def memory_bytes(self) -> int:
         """Bytes of the arrays."""
         data = self._data
         return self._held.nbytes + data.sums.nbytes + data.mins.nbytes + data.lasts.nbytes
+
+    def _write(self, slots: Ints, tiles: Ints, parts: Aggregates) -> None:
+        self._held[slots] = tiles
+        self._data.sums[slots] = parts.sums
+        self._data.mins[slots] = parts.mins
+        self._data.lasts[slots] = parts.lasts
 
     def _at(self, slots: Ints) -> Aggregates:
         # `take` copies whole rows; fancy indexing would go element by element

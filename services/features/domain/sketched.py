@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import polars as pl
@@ -58,6 +58,42 @@ class ViewSketches:
         for store in self.stores if len(rows) else ():
             store.forget(rows, self._ring.length)
 
+    def forget_range(self, rows: slice) -> None:
+        """Drop the cells of a range of rows."""
+        for store in self.stores:
+            store.forget_slots(self._slots(rows))
+
+    def track(self) -> None:
+        """Begin to note what is added."""
+        for store in self.stores:
+            store.unsaved = []
+
+    def dump(self, oldest_tile: int, rows: slice) -> list[Cells]:
+        """The cells of a range of rows that an answer may still see."""
+        return [s.dump(self._ring.held, oldest_tile, self._slots(rows)) for s in self.stores]
+
+    def take_unsaved(self, oldest_tile: int) -> list[Cells]:
+        """What was added since the last checkpoint."""
+        return [store.take_unsaved(self._ring.held, oldest_tile) for store in self.stores]
+
+    def put(self, arrays: Mapping[str, Ints], oldest_tile: int) -> None:
+        """Add what `arrays` told, of slots that hold their tile."""
+        for place, store in enumerate(self.stores):
+            told = arrays.get(_frame_name(place))
+            if told is not None:
+                store.add(Cells(*told), self._ring.held, oldest_tile)
+
+    def arrays(self, cells: Sequence[Cells]) -> dict[str, Ints]:
+        """Cells of each store, less empty ones: int64 [4, n]; needs nothing of the state."""
+        return {
+            _frame_name(place): store.once(cells[place]).stacked()
+            for place, store in enumerate(self.stores)
+            if len(cells[place])
+        }
+
+    def _slots(self, rows: slice) -> slice:
+        return slice(rows.start * self._ring.length, rows.stop * self._ring.length)
+
     def answer(self, rows: Ints, extents: Extents, chunk: Chunk | None) -> SketchAnswers:
         """What the requests' rows find, in the state and in the chunk."""
         ages = self._ring.length
@@ -76,18 +112,22 @@ class ViewSketches:
     def frames(self, oldest_tile: int) -> dict[str, pl.DataFrame]:
         """The cells that an answer may still see, as the frames of a snapshot."""
         return {
-            f"cells.{place}": store.dump(self._ring.held, oldest_tile).frame()
+            _frame_name(place): store.dump(self._ring.held, oldest_tile).frame()
             for place, store in enumerate(self.stores)
         }
 
     def load(self, frames: Mapping[str, pl.DataFrame]) -> None:
         """Take over the frames of a snapshot, whose rows are the same."""
         for place, store in enumerate(self.stores):
-            store.load(Cells.from_frame(frames[f"cells.{place}"]))
+            store.load(Cells.from_frame(frames[_frame_name(place)]))
 
     def memory_bytes(self) -> int:
         """Bytes of all cells."""
         return sum(store.memory_bytes() for store in self.stores)
+
+
+def _frame_name(place: int) -> str:
+    return f"cells.{place}"
 
 
 def _of_chunk(kind: SketchKind, column: int, extents: Extents, chunk: Chunk, ages: int) -> Cells:

@@ -20,7 +20,7 @@ from causemesh.errors import Fatal
 from services.features.domain.events import Ints
 
 _MAGIC = b"CMFS"
-_VERSION = 2
+_VERSION = 3
 _PREFIX = struct.Struct("<4sII")
 
 
@@ -30,7 +30,8 @@ def pack(
     blobs: Mapping[str, bytes] | None = None,
 ) -> bytes:
     """Header, frames and blobs (snapshots within a snapshot) as bytes."""
-    bodies = [_frame_bytes(frame) for frame in frames.values()] + list((blobs or {}).values())
+    bodies = [_frame_bytes(frame) for frame in frames.values()]
+    bodies += (blobs or {}).values()
     sizes = [len(body) for body in bodies]
     listed = {**header, "__frames": list(frames), "__blobs": list(blobs or {}), "__sizes": sizes}
     text = json.dumps(listed).encode()
@@ -45,8 +46,13 @@ def unpack(snapshot: bytes, kind: str) -> tuple[dict[str, Any], dict[str, pl.Dat
 
 def unpack_blobs(snapshot: bytes, kind: str) -> dict[str, bytes]:
     """The blobs of a snapshot of this kind; Fatal for anything else."""
+    return unpack_all(snapshot, kind)[1]
+
+
+def unpack_all(snapshot: bytes, kind: str) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Header and blobs of a snapshot of this kind; Fatal for anything else."""
     header, bodies = _split(snapshot, kind)
-    return {name: bodies[name] for name in header["__blobs"]}
+    return header, {name: bodies[name] for name in header["__blobs"]}
 
 
 def matrix_frame(array: Ints) -> pl.DataFrame:

@@ -44,7 +44,7 @@ FACE = {
         "": "name, settings, *, catalogue, bus, registry, engine",
         "emitter": "writes",
         "producer": "",
-        "runner": "stage, make_processor, limits=, *, store=",
+        "runner": "stage, make_processor, limits=, *, store=, checkpoints=",
         "outbox": "writes",
         "serve": "async routers=, tasks=",
         "close": "async ",

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from services.features.domain.aggregates import (
     NEVER,
@@ -25,18 +26,23 @@ from services.features.domain.windowed import Extents, Windowed, decayed
 
 # Tiles are looked up in blocks of so many numbers, which stay in the cache.
 _BLOCK = 2**17
+# The events of so few rows are found sooner by comparing with each.
+_FEW = 8
 
 
 class Chunk:
     """The events of a chunk that concern the rows asked for, ready for range queries."""
 
-    def __init__(self, layout: Layout, parts: Sequence[RowEvents], rows: Ints) -> None:
-        end = 1 + max(int(part.rows.max(initial=0)) for part in parts)
-        wanted = np.zeros(max(end, 1 + int(rows.max())), np.bool_)
-        wanted[rows] = True
-        chosen = [part.take(wanted[part.rows]) for part in parts]
+    @staticmethod
+    def of(layout: Layout, parts: Sequence[RowEvents], rows: Ints) -> Chunk | None:
+        """Those of `parts` that concern the rows; None where none does, which needs no merging."""
+        chosen = [part.take(_concerned(part.rows, rows)) for part in parts if len(part)]
+        chosen = [part for part in chosen if len(part)]
+        return Chunk(layout, RowEvents.concatenate(chosen), rows) if chosen else None
+
+    def __init__(self, layout: Layout, events: RowEvents, rows: Ints) -> None:
         self._layout = layout
-        self._events = RowEvents.concatenate(chosen).in_order(layout)
+        self._events = events.in_order(layout)
         self._starts = np.searchsorted(self._events.rows, rows)
         self._locator = _Locator(rows, self._events)
         self._rows = rows
@@ -161,3 +167,16 @@ def _range_minima(values: Ints, low: Ints, high: Ints) -> Ints:
         out[here] = np.minimum(table[:, low[here]], table[:, high[here] - width]).T
         table = np.minimum(table[:, :-width], table[:, width:])
     return out
+
+
+def _concerned(of: Ints, rows: Ints) -> npt.NDArray[np.bool_]:
+    """Which events are of one of the rows."""
+    if len(rows) > _FEW:
+        wanted = np.zeros(1 + max(int(of.max()), int(rows.max())), np.bool_)
+        wanted[rows] = True
+        return wanted[of]
+    # a table would be as long as there are entities
+    found = np.zeros(len(of), np.bool_)
+    for row in dict.fromkeys(rows.tolist()):
+        found |= of == row
+    return found

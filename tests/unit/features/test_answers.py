@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from causemesh.errors import Misdeclared
-from services.features.domain import ring, tile_windows
+from services.features.domain import chunk, ring, tile_windows
 from services.features.domain.aggregates import NEVER, NO_MINIMUM, Aggregates
 from services.features.domain.chunk import Chunk
 from services.features.domain.definitions import FeatureView
@@ -185,3 +185,20 @@ def test_a_chunk_that_concerns_nobody_is_none(asked: int) -> None:
         state.layout, [events, events.take(np.empty(0, np.int64))], np.append(others, 1)
     )
     assert some is not None
+
+
+@pytest.mark.parametrize("limit", [2**63, 1])
+@pytest.mark.parametrize("asked", [1, 4])
+def test_both_forms_of_a_chunks_key_find_the_same(
+    limit: int, asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Times packed as they are, and by their rank where they are too far apart."""
+    monkeypatch.setattr(chunk, "_KEY_LIMIT", limit)
+    view, rng = make_view(wide=True), np.random.default_rng(2)
+    drawn = zip(rng.integers(0, 3, 40).tolist(), rng.integers(-30, 170, 40).tolist(), strict=True)
+    events = [Event("abc"[at], us, 0, n, (float(n % 7), None)) for n, (at, us) in enumerate(drawn)]
+    names = ["a", "b", None, "c"][:asked]
+    for as_of_us in (-40, 5, 60, 2**50):
+        as_of = np.full(asked, as_of_us, np.int64)
+        got = ViewState(view).answer_chunk(read(view, events), names, as_of)
+        same_bits(got, np.array([expected(view, events, name, as_of_us) for name in names]))

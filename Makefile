@@ -7,7 +7,7 @@ export POLARS_MAX_THREADS := 1
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test demo down unit pure simulation hunt component chaos chaos-short e2e lint types imports rules docs lock lock-images compose-env test-compose bench bench-docs bench-setup clean
+.PHONY: help setup test demo down unit pure simulation hunt component chaos chaos-short e2e lint types imports rules docs lock lock-images compose-env test-compose bench bench-docs bench-setup feast-check clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -92,10 +92,24 @@ $(BENCH_STAMP): requirements/bench.txt
 	.venv-bench/bin/python -m pip install --quiet --require-hashes -r requirements/bench.txt
 	touch $(BENCH_STAMP)
 
-bench-setup: $(STAMP) $(BENCH_STAMP)
+FEAST_STAMP := .venv-feast/.installed
+
+$(FEAST_STAMP): requirements/feast.txt
+	test -x .venv-feast/bin/python || $(PYTHON) -m venv .venv-feast
+	.venv-feast/bin/python -m pip install --quiet --require-hashes -r requirements/feast.txt
+	touch $(FEAST_STAMP)
+
+feast-check: $(STAMP) $(FEAST_STAMP) ## Views to a real Feast and back, answers compared
+	$(BIN)/python -m benchmarks.feast_round_trip
+
+bench-setup: $(STAMP) $(BENCH_STAMP) $(FEAST_STAMP)
 
 bench: bench-setup ## Measure beside peers, about 25 minutes on a quiet machine (BENCH_ROUNDS=5; needs a JDK 17)
 	$(BIN)/python -m benchmarks.features_vs_peers --rounds $(BENCH_ROUNDS)
+	$(BIN)/python -m benchmarks.windows_vs_peers
+	$(BIN)/python -m benchmarks.join_vs_feast
+	$(BIN)/python -m benchmarks.cost_by_entities
+	$(BIN)/python -m benchmarks.lake_from_kafka
 	$(BIN)/python -m benchmarks.latency_vs_echo
 	$(BIN)/python -m benchmarks.predictions_vs_peers --rounds $(BENCH_ROUNDS)
 	$(BIN)/python -m benchmarks.usage_vs_postgres --rounds $(BENCH_ROUNDS)
@@ -114,6 +128,7 @@ lock: $(STAMP) ## Pin every dependency with its hashes
 	$(LOCK) --extra inference --extra billing --extra pulsar --extra lake --extra transforms --extra local --extra flights \
 	  --extra dev pyproject.toml --output-file requirements/dev.txt
 	$(LOCK) requirements/bench.in --output-file requirements/bench.txt
+	$(LOCK) requirements/feast.in --output-file requirements/feast.txt
 	$(MAKE) --no-print-directory lock-images
 
 lock-images: $(STAMP) ## Pin what the images install, to the versions of requirements/dev.txt

@@ -16,6 +16,7 @@ import numpy as np
 import polars as pl
 
 from benchmarks.feature_engine import BATCH, batches, entity_draws
+from causemesh.collector import collect_seldom
 from services.features.domain.definitions import FeatureView
 from services.features.domain.events import read_events
 from services.features.domain.feature_store import FeatureStore
@@ -58,10 +59,10 @@ def measure_apply(name: str, view: FeatureView, entities: int, events: int, zipf
     print(f"{name}: {state.memory_bytes() / 2**20:,.0f} MiB for {len(state.entities):,} entities")
 
 
-def measure_join(entities: int) -> None:
-    """Fifty features for a hundred requests, out of two views."""
+def join_views() -> list[FeatureView]:
+    """Two views that give fifty features."""
     windows = ["1h", "2h", "3h"]
-    views = parse_views(
+    return parse_views(
         {
             "views": {
                 "v": {
@@ -76,12 +77,17 @@ def measure_join(entities: int) -> None:
             }
         }
     )  # fmt: skip
-    store = FeatureStore(views)
+
+
+def measure_join(entities: int) -> None:
+    """Fifty features for a hundred requests, out of two views."""
+    store = FeatureStore(join_views())
     for frame in batches(entity_draws(entities, 10 * BATCH, zipf=False)):
         for name, events in store.read("e", frame).items():
             store.views[name].apply(events)
     names, rng = store.feature_names[:50], np.random.default_rng(3)
     newest = int(next(iter(batches(np.arange(BATCH))))["occurred_at_us"].to_numpy().max()) * 9
+    collect_seldom()  # as every service does
     took = []
     for _ in range(2000):
         keys = pl.Series("k", rng.integers(0, entities, 100)).cast(pl.String)

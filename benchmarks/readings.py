@@ -33,8 +33,8 @@ PROJECT = Path(__file__).parent / "project"
 READINGS = "events.reading"
 _REQUESTS = "inference.requests.v1"
 _UNIT = 5_000  # records behind each watermark, as the door writes them under load
-_START_US = 1_767_225_600_000_000  # 2026-01-01, the start of an hour
-_HOUR_US = 3_600_000_000
+START_US = 1_767_225_600_000_000  # 2026-01-01, the start of an hour
+HOUR_US = 3_600_000_000
 _PORTS = (
     *("kafka", "kafka_controller", "registry", "registry_management"),
     *("postgres", "triton", "triton_metrics", "stripe"),
@@ -71,11 +71,11 @@ class Filled:
 class Place:
     """One cluster of Kafka, registry and Postgres, with one partition a topic."""
 
-    def __init__(self, home: Path, endpoints: Endpoints) -> None:
+    def __init__(self, home: Path, endpoints: Endpoints, project: Path = PROJECT) -> None:
         self.home = home
         self.endpoints = endpoints
-        self.catalogue = Catalogue.load([PROJECT], partitions=1)
-        self._mesh = Mesh(home, endpoints, PROJECT, ["features", "billing"])
+        self.catalogue = Catalogue.load([project], partitions=1)
+        self._mesh = Mesh(home, endpoints, project, ["features", "billing"])
 
     def environment(self) -> dict[str, str]:
         """The settings of a service on this cluster."""
@@ -108,7 +108,7 @@ class Place:
         await self.sql("postgres", f"DROP DATABASE IF EXISTS {service} WITH (FORCE)")
         await self.sql("postgres", f"CREATE DATABASE {service}")
 
-    async def fill(self, count: int, sensors: int) -> Filled:
+    async def fill(self, count: int, sensors: int, hours: int = 1) -> Filled:
         """Write `count` readings, their watermarks, and the promise that no request will come."""
         bus = KafkaBus(self.endpoints.kafka_bootstrap)
         registry = HttpRegistry(self.endpoints.registry_url)
@@ -118,17 +118,18 @@ class Place:
         encoder = await encoders.encoder(topic.subject, topic.record)
         promises = await encoders.encoder(WATERMARK, self.catalogue.controls[WATERMARK])
         values: list[npt.NDArray[np.float64]] = []
+        end_us = START_US + hours * HOUR_US
         try:
-            for frame in frames(count, sensors):
+            for frame in frames(count, sensors, hours):
                 keys = [key.encode() for key in frame["sensor"].to_list()]
                 await producer.send([Outbound(topic.name, 0, keys, encoder.encode(frame))])
                 values.append(frame["value"].to_numpy())
                 until_us = int(frame["occurred_at"].to_physical()[-1])
                 if frame["cause"].struct.field("position")[-1] == count - 1:
-                    until_us = _START_US + _HOUR_US
+                    until_us = end_us
                 promise = promises.encode(_promise("inbox.reading", until_us))
                 await producer.send([Outbound(topic.name, 0, [None], promise)])
-            never_again = promises.encode(_promise("inbox.requests", _START_US + _HOUR_US))
+            never_again = promises.encode(_promise("inbox.requests", end_us))
             await producer.send([Outbound(_REQUESTS, 0, [None], never_again)])
             schema_id = await registry.register(topic.subject, topic.record)
         finally:
@@ -138,8 +139,8 @@ class Place:
         return Filled(np.concatenate(values), len(values), schema_id)
 
 
-def frames(count: int, sensors: int) -> Iterator[pl.DataFrame]:
-    """Readings of one hour in event time order, sensors drawn evenly, as the door passes them."""
+def frames(count: int, sensors: int, hours: int = 1) -> Iterator[pl.DataFrame]:
+    """Readings of some hours in event time order, sensors drawn evenly, as the door passes them."""
     rng = np.random.default_rng(1)
     for start in range(0, count, _UNIT):
         numbers = np.arange(start, min(start + _UNIT, count))
@@ -148,7 +149,7 @@ def frames(count: int, sensors: int) -> Iterator[pl.DataFrame]:
             {
                 "event_id": [f"00000000-0000-5000-8000-{number:012d}" for number in numbers],
                 "tenant_id": pl.Series(drawn % 100).cast(pl.String),
-                "occurred_at": pl.Series(_START_US + numbers * (_HOUR_US - 1) // count).cast(
+                "occurred_at": pl.Series(START_US + numbers * (hours * HOUR_US - 1) // count).cast(
                     pl.Datetime("us", "UTC")
                 ),
                 "cause": [
@@ -186,7 +187,9 @@ def own_ports(home: Path) -> None:
 
 @contextmanager
 def place(
-    home: Path, servers: tuple[str, ...] = ("kafka", "registry", "postgres")
+    home: Path,
+    servers: tuple[str, ...] = ("kafka", "registry", "postgres"),
+    project: Path = PROJECT,
 ) -> Iterator[Place]:
     """A cluster with empty topics, stopped at the end."""
     shutil.rmtree(home, ignore_errors=True)
@@ -194,7 +197,7 @@ def place(
     cluster = Cluster(home, servers)
     endpoints = cluster.up()
     try:
-        asyncio.run(provision(settings_on(endpoints, PROJECT, "kafka", 1)))
-        yield Place(home.resolve(), endpoints)
+        asyncio.run(provision(settings_on(endpoints, project, "kafka", 1)))
+        yield Place(home.resolve(), endpoints, project)
     finally:
         cluster.down()

@@ -26,7 +26,9 @@ from causemesh.telemetry import Metrics
 
 
 @dataclass(frozen=True)
-class _At:
+class At:
+    """A moment of the run."""
+
     records: int
     seconds: float
     cpu_seconds: float
@@ -41,7 +43,7 @@ class TimedMetrics(Metrics):
     def __init__(self) -> None:
         super().__init__()
         self._seen = 0
-        self._began: _At | None = None
+        self._began: At | None = None
 
     def unit_done(self, stage: Stage, partition: int, report: UnitReport) -> None:
         """See `Observer.unit_done`."""
@@ -49,13 +51,13 @@ class TimedMetrics(Metrics):
         if stage.group != self.group:
             return
         self._seen += report.records
-        now = _At(self._seen, time.perf_counter(), time.process_time())
+        now = At(self._seen, time.perf_counter(), time.process_time())
         if self._began is None and self._seen >= self.warm:
             self._began = now
         if self._began is not None and self._seen >= self.records:
             self._tell(self._began, now)
 
-    def _tell(self, began: _At, ended: _At) -> None:
+    def _tell(self, began: At, ended: At) -> None:
         figures = {
             "records": ended.records - began.records,
             "seconds": ended.seconds - began.seconds,

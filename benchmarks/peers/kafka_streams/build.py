@@ -1,4 +1,4 @@
-"""Fetches Kafka Streams from Maven Central, pinned by checksum, and compiles the benchmark."""
+"""Fetches Kafka Streams from Maven Central, pinned by checksum, and compiles the benchmarks."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from causemesh.local.artefacts import cache
 VERSIONS = {"kafka-streams": "4.1.0", "avro": "1.12.0"}
 _ENDPOINT = "org.apache.kafka:kafka-streams:4.1.0+org.apache.avro:avro:1.12.0"
 _HERE = Path(__file__).parent
-_SOURCE = _HERE / "FeatureCounts.java"
+_SOURCES = sorted(_HERE.glob("*.java"))
 _PINNED = _HERE / "jars.sha256"
 
 
-def command() -> list[str | Path]:
-    """The command line up to the program's own arguments; fetches and compiles what is missing.
+def command(program: str = "FeatureCounts") -> list[str | Path]:
+    """The command line of a program up to its own arguments; fetches and compiles what is missing.
 
     Raises RuntimeError for a jar that is not the pinned one, or without a JDK.
     """
-    made_of = _SOURCE.read_bytes() + _PINNED.read_bytes()
+    made_of = b"".join(one.read_bytes() for one in (*_SOURCES, _PINNED))
     kept = cache() / f"bench-kafka-streams-{hashlib.sha256(made_of).hexdigest()[:12]}"
     if not kept.exists():
         partial = kept.with_name(f"{kept.name}.partial")
@@ -33,7 +33,7 @@ def command() -> list[str | Path]:
         _compile(partial)
         partial.rename(kept)
     heap = ["-Xms1g", "-Xmx1g", "-Dorg.slf4j.simpleLogger.defaultLogLevel=error"]
-    return [_tool("java"), *heap, "-cp", f"{kept}:{kept}/*", _SOURCE.stem]
+    return [_tool("java"), *heap, "-cp", f"{kept}:{kept}/*", program]
 
 
 def java_version() -> str:
@@ -56,10 +56,10 @@ def _fetch(folder: Path) -> None:
 
 
 def _compile(folder: Path) -> None:
-    argv: list[str | Path] = [_tool("javac"), "-cp", f"{folder}/*", "-d", folder, _SOURCE]
+    argv: list[str | Path] = [_tool("javac"), "-cp", f"{folder}/*", "-d", folder, *_SOURCES]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{_SOURCE.name} does not compile:\n{done.stderr}")
+        raise RuntimeError(f"the programs do not compile:\n{done.stderr}")
 
 
 def _tool(name: str) -> str:

@@ -48,6 +48,8 @@ class Aggregates:
 
 def newest(a: Ints, b: Ints) -> Ints:
     """Of two arrays of records [..., RECORD] the later ones, by (time, source, position)."""
+    if not a.size:
+        return a
     later = b[..., 2] > a[..., 2]
     for part in (1, 0):
         later = (b[..., part] > a[..., part]) | ((b[..., part] == a[..., part]) & later)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from services.features.domain.aggregates import (
     NEVER,
@@ -25,27 +26,34 @@ from services.features.domain.windowed import Extents, Windowed, decayed
 
 # Tiles are looked up in blocks of so many numbers, which stay in the cache.
 _BLOCK = 2**17
+# The events of so few rows are found sooner by comparing with each.
+_FEW = 8
+# Above this a packed key would leave int64.
+_KEY_LIMIT = 2**63
 
 
 class Chunk:
     """The events of a chunk that concern the rows asked for, ready for range queries."""
 
-    def __init__(self, layout: Layout, parts: Sequence[RowEvents], rows: Ints) -> None:
-        end = 1 + max(int(part.rows.max(initial=0)) for part in parts)
-        wanted = np.zeros(max(end, 1 + int(rows.max())), np.bool_)
-        wanted[rows] = True
-        chosen = [part.take(wanted[part.rows]) for part in parts]
+    @staticmethod
+    def of(layout: Layout, parts: Sequence[RowEvents], rows: Ints) -> Chunk | None:
+        """Those of `parts` that concern the rows; None where none does, which needs no merging."""
+        chosen = [part.take(_concerned(part.rows, rows)) for part in parts if len(part)]
+        chosen = [part for part in chosen if len(part)]
+        return Chunk(layout, RowEvents.concatenate(chosen), rows) if chosen else None
+
+    def __init__(self, layout: Layout, events: RowEvents, rows: Ints) -> None:
         self._layout = layout
-        self._events = RowEvents.concatenate(chosen).in_order(layout)
+        self._events = events.in_order(layout)
         self._starts = np.searchsorted(self._events.rows, rows)
         self._locator = _Locator(rows, self._events)
-        self._rows = rows
+        self._ranks = self._locator.ranks
         self._summed: Ints | None = None
 
     def windows(self, extents: Extents) -> Windowed:
         """Aggregates of the events in every window."""
-        low = self._locator.before(self._rows[:, None], extents.first_us)
-        high = self._locator.before(self._rows[:, None], extents.end_us)
+        low = self._locator.before(self._ranks[:, None], extents.first_us)
+        high = self._locator.before(self._ranks[:, None], extents.end_us)
         high = np.maximum(low, high)
         events = self._events
         lasts = np.empty((*low.shape, len(self._layout.lasts), RECORD), np.int64)
@@ -59,7 +67,7 @@ class Chunk:
 
     def latest(self, as_of_us: Ints) -> Ints:
         """The newest records before the as-of times, whatever their age: [n, latests, RECORD]."""
-        high = np.maximum(self._starts, self._locator.before(self._rows, as_of_us))
+        high = np.maximum(self._starts, self._locator.before(self._ranks, as_of_us))
         out = np.empty((len(high), len(self._layout.latests), RECORD), np.int64)
         for place, column in enumerate(self._layout.latests):
             out[:, place] = self._record(1, column, self._starts, high)
@@ -87,17 +95,17 @@ class Chunk:
         """How many events sort before each edge of the tiles, newest edge first: [n, ages + 1]."""
         edges = (extents.newest_tile[chosen, None] + 1 - np.arange(ages + 1)) * extents.tile_us
         edges[:, 0] = extents.as_of_us[chosen]
-        return self._locator.before(self._rows[chosen, None], edges)
+        return self._locator.before(self._ranks[chosen, None], edges)
 
     def _decayed(self, extents: Extents) -> Ints:
         layout = self._layout
-        out = np.zeros((len(self._rows), len(layout.decays), 3), np.int64)
+        out = np.zeros((len(self._ranks), len(layout.decays), 3), np.int64)
         ages = max((len(decay.weights) for decay in layout.decays), default=0)
         if not ages:
             return out
         running = self._running()
         step = max(1, _BLOCK // (ages * len(layout.sums)))
-        for start in range(0, len(self._rows), step):
+        for start in range(0, len(self._ranks), step):
             block = slice(start, start + step)
             found = running.take(self._edges(block, extents, ages), axis=0)
             out[block] = decayed(layout, found[:, :-1] - found[:, 1:])
@@ -126,21 +134,31 @@ class Chunk:
 
 
 class _Locator:
-    """Finds places in ordered events of the rows asked for, through one packed key."""
+    """Finds places in ordered events of the rows asked for, through one packed key.
+
+    `ranks` are those of the rows asked for, which stand for them in the key.
+    """
 
     def __init__(self, rows: Ints, events: RowEvents) -> None:
-        self._rows = np.unique(rows)
-        self._times, ranks = np.unique(events.occurred_at_us, return_inverse=True)
-        self._keys = self._pack(events.rows, ranks)
+        known = np.unique(rows) if len(rows) > 1 else rows
+        self.ranks = np.searchsorted(known, rows)
+        times = events.occurred_at_us
+        self._first_us = int(times.min())
+        self._span_us = int(times.max()) - self._first_us + 1
+        self._times: Ints | None = None
+        if len(known) * (self._span_us + 1) >= _KEY_LIMIT:
+            self._times = np.unique(times)  # ranks instead of the times: the product always fits
+        self._keys = self._pack(np.searchsorted(known, events.rows), times)
 
-    def before(self, rows: Ints, times: Ints) -> Ints:
+    def before(self, ranks: Ints, times_us: Ints) -> Ints:
         """How many events sort before (row, time), in the shape of the arguments' broadcast."""
-        ranks = np.searchsorted(self._times, times)
-        return np.searchsorted(self._keys, self._pack(rows, ranks))
+        return np.searchsorted(self._keys, self._pack(ranks, times_us))
 
-    def _pack(self, rows: Ints, ranks: Ints) -> Ints:
-        # ranks instead of the numbers themselves: the product always fits
-        return np.searchsorted(self._rows, rows) * (len(self._times) + 1) + ranks
+    def _pack(self, ranks: Ints, times_us: Ints) -> Ints:
+        if self._times is not None:
+            return ranks * (len(self._times) + 1) + np.searchsorted(self._times, times_us)
+        offsets = np.minimum(np.maximum(times_us - self._first_us, 0), self._span_us)
+        return np.asarray(ranks * (self._span_us + 1) + offsets)
 
 
 def _range_sums(running: Ints, low: Ints, high: Ints) -> Ints:
@@ -161,3 +179,16 @@ def _range_minima(values: Ints, low: Ints, high: Ints) -> Ints:
         out[here] = np.minimum(table[:, low[here]], table[:, high[here] - width]).T
         table = np.minimum(table[:, :-width], table[:, width:])
     return out
+
+
+def _concerned(of: Ints, rows: Ints) -> npt.NDArray[np.bool_]:
+    """Which events are of one of the rows."""
+    if len(rows) > _FEW:
+        wanted = np.zeros(1 + max(int(of.max()), int(rows.max())), np.bool_)
+        wanted[rows] = True
+        return wanted[of]
+    # a table would be as long as there are entities
+    found = np.zeros(len(of), np.bool_)
+    for row in dict.fromkeys(rows.tolist()):
+        found |= of == row
+    return found

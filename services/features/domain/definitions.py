@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import chain
 from typing import Literal, get_args
 
@@ -142,13 +143,13 @@ class FeatureView:
         """name@vN, as on the topics."""
         return f"{self.name}@v{self.version}"
 
-    @property
+    @cached_property
     def windows(self) -> tuple[Window, ...]:
         """The distinct windows, sliding ones first, shortest first."""
         found = [w for f in self.features for w in (f.window, f.per) if w is not None]
         return ordered(found)
 
-    @property
+    @cached_property
     def tiles(self) -> int:
         """How many tiles an answer may look at; 0 when no feature has a window."""
         return max((window.reach_us for window in self.windows), default=0) // self.tile_us

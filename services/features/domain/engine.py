@@ -177,13 +177,11 @@ class ViewState:
             blocks = [slice(start, start + BLOCK) for start in range(0, len(rows), BLOCK)]
             answers = [self._answer_plain(rows[b], as_of_us[b], parts) for b in blocks]
             return np.concatenate(answers)
-        chunk = None
-        if len(rows) and any(len(part) for part in parts):
-            chunk = Chunk(self.layout, parts, rows)
+        chunk = Chunk.of(self.layout, parts, rows) if len(rows) else None
         extents = extents_of(self.layout, self.view.tile_us, as_of_us)
         self._place_sessions(rows, extents, chunk)
         windows = self.ring.windows(rows, extents)
-        latest = self._latest[rows, : len(self.layout.latests)]
+        latest = self._latest.take(rows, axis=0)[:, : len(self.layout.latests)]
         if chunk is not None:
             windows = windows.merge(chunk.windows(extents))
             latest = newest(latest, chunk.latest(as_of_us))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from itertools import repeat
+from typing import cast
 
 import numpy as np
 import polars as pl
@@ -59,12 +60,12 @@ class EntityIndex:
 
     def find(self, keys: pl.Series) -> Ints:
         """The row of each key; NOBODY for a null or unknown one."""
-        found = np.fromiter(
-            map(self._rows.get, keys.to_list(), repeat(-1)),
-            np.int64,
-            len(keys),
-        )
-        return np.maximum(found, NOBODY, out=found)
+        return self.find_texts(keys.to_list())
+
+    def find_texts(self, keys: Sequence[str | None]) -> Ints:
+        """The same for keys in a list."""
+        rows = cast("dict[str | None, int]", self._rows)  # null is no key of it
+        return np.fromiter(map(rows.get, keys, repeat(NOBODY)), np.int64, len(keys))
 
     def find_or_add(self, keys: pl.Series) -> Ints:
         """The row of each key (no nulls), new rows for those not seen before."""

@@ -32,7 +32,7 @@ MAX_KEY_BYTES = 1024
 MAX_TIME_US = 2**55
 _TEXTS = (pl.String, pl.Categorical, pl.Enum)
 # So few rows are joined sooner one by one than by an expression.
-_FEW = 64
+FEW = 128
 # Between the parts of a composite entity key.
 SEPARATOR = "\x1f"
 
@@ -175,9 +175,9 @@ def entity_keys(frame: pl.DataFrame, view: FeatureView, columns: Sequence[str]) 
     names = [*(["tenant_id"] if view.scope == "tenant" else []), *columns]
     if len(names) == 1:
         return frame[names[0]].cast(pl.String).alias("entity")
-    if frame.height <= _FEW:
+    if frame.height <= FEW:
         texts = [frame[name].cast(pl.String).to_list() for name in names]
-        return pl.Series("entity", map(_joined, zip(*texts, strict=True)), dtype=pl.String)
+        return pl.Series("entity", joined_keys(texts), dtype=pl.String)
     parts = [pl.col(name).cast(pl.String) for name in names]
     escaped = [
         part.str.replace_all("\x1e", "\x1e0", literal=True).str.replace_all(
@@ -190,12 +190,23 @@ def entity_keys(frame: pl.DataFrame, view: FeatureView, columns: Sequence[str]) 
     ).to_series()
 
 
-def _joined(parts: Sequence[str | None]) -> str | None:
-    present = [part for part in parts if part is not None]
-    if len(present) < len(parts):
-        return None
-    escaped = [part.replace("\x1e", "\x1e0").replace(SEPARATOR, "\x1e1") for part in present[:-1]]
-    return SEPARATOR.join([*escaped, present[-1]])
+def joined_keys(columns: Sequence[Sequence[str | None]]) -> list[str | None]:
+    """The same one by one, from the texts of two columns or more."""
+    *first, last = columns
+    parts = [*map(_escaped, first), last]
+    if not any(None in column for column in parts):
+        return list(map(SEPARATOR.join, zip(*parts, strict=True)))
+    return [None if None in row else SEPARATOR.join(row) for row in zip(*parts, strict=True)]
+
+
+def _escaped(column: Sequence[str | None]) -> list[str | None]:
+    """Without the separator; most parts, such as the tenant, are the same in many rows."""
+    escapes: dict[str | None, str] = {
+        part: part.replace("\x1e", "\x1e0").replace(SEPARATOR, "\x1e1")
+        for part in set(column)
+        if part is not None
+    }
+    return [escapes.get(part) for part in column]
 
 
 def int64(frame: pl.DataFrame, name: str) -> Ints:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
@@ -11,8 +12,22 @@ from causemesh.errors import Misdeclared, Poison
 from services.features.domain.aggregates import RowEvents
 from services.features.domain.definitions import FeatureView, by_reference
 from services.features.domain.engine import ViewState
-from services.features.domain.events import Ints, ViewEvents, entity_keys, read_events
+from services.features.domain.events import Ints, ViewEvents, read_events
+from services.features.domain.layout import Selector, selector
+from services.features.domain.request_keys import RequestKeys
 from services.features.domain.vectors import Vectors, row_bytes
+
+# A partition knows few signatures, but anybody may ask the API for any features.
+_MOST_PLANS = 1_000
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one view gives to the answer: these of its features, as these numbers of a vector."""
+
+    name: str
+    places: Selector
+    columns: Selector
 
 
 class FeatureStore:
@@ -21,6 +36,7 @@ class FeatureStore:
     def __init__(self, views: Iterable[FeatureView]) -> None:
         self.views: dict[str, ViewState] = {}
         self._places: dict[str, tuple[str, int]] = {}
+        self._plans: dict[tuple[str, ...], tuple[_Part, ...]] = {}
         for reference, view in by_reference(views).items():
             if reference == view.id:
                 self.views[view.id] = ViewState(view)
@@ -84,19 +100,15 @@ class FeatureStore:
         is null, the answer is that over no events. `chunk` are events by view that were not
         applied yet: those before a request's as-of time count.
         """
-        self.check(feature_names)
-        out = np.empty((requests.height, len(feature_names)), np.float32)
-        keys: dict[tuple[str, tuple[str, ...]], pl.Series] = {}
-        for name, wanted in self._by_view(feature_names).items():
-            state = self.views[name]
-            keyed_by = (state.view.scope, state.view.request_entity)
-            if keyed_by not in keys:  # views of one entity share its key
-                keys[keyed_by] = _request_keys(requests, state.view)
-            rows = state.index.find(keys[keyed_by])
-            answer = state.answer_rows(rows, as_of_us, chunk.get(name, ()) if chunk else ())
-            for column, place in wanted:
-                out[:, column] = answer[:, place]
-        return out
+        plan = self._plan(tuple(feature_names))
+        out = np.empty((len(feature_names), requests.height), np.float32)
+        keys = RequestKeys(requests)
+        for part in plan:
+            state = self.views[part.name]
+            found = state.index.find_texts(keys.of(state.view))
+            answer = state.answer_rows(found, as_of_us, chunk.get(part.name, ()) if chunk else ())
+            out[part.columns] = answer.T[part.places]
+        return out.T
 
     def answer_signatures(
         self,
@@ -106,12 +118,16 @@ class FeatureStore:
         chunk: Mapping[str, Sequence[RowEvents]] | None = None,
     ) -> pl.Series:
         """One vector a request, in the features of its `signature`: float32 little-endian."""
+        asked = requests["signature"].to_list()
+        distinct = dict.fromkeys(asked)
+        if len(distinct) == 1:  # as with any request that comes alone
+            matrix = self.answer_chunk(requests, signatures[asked[0]], as_of_us, chunk)
+            return pl.Series("vector", row_bytes(matrix), dtype=pl.Binary)
         out = np.empty(requests.height, object)
-        asked = requests["signature"]
-        for signature in dict.fromkeys(asked.to_list()):
-            at = np.flatnonzero((asked == signature).to_numpy())
-            part = requests if len(at) == requests.height else requests[at]
-            matrix = self.answer_chunk(part, signatures[signature], as_of_us[at], chunk)
+        of = np.array(asked, object)
+        for signature in distinct:
+            at = np.flatnonzero(of == signature)
+            matrix = self.answer_chunk(requests[at], signatures[signature], as_of_us[at], chunk)
             out[at] = row_bytes(matrix)
         return pl.Series("vector", out.tolist(), dtype=pl.Binary)
 
@@ -119,15 +135,19 @@ class FeatureStore:
         """Roughly what the states of all views hold."""
         return sum(state.memory_bytes() for state in self.views.values())
 
-    def _by_view(self, feature_names: Sequence[str]) -> dict[str, list[tuple[int, int]]]:
-        wanted: dict[str, list[tuple[int, int]]] = {}
-        for column, full_name in enumerate(feature_names):
-            view, place = self._places[full_name]
-            wanted.setdefault(view, []).append((column, place))
-        return wanted
-
-
-def _request_keys(requests: pl.DataFrame, view: FeatureView) -> pl.Series:
-    if not set(view.request_entity) <= set(requests.columns):
-        return pl.repeat(None, requests.height, dtype=pl.String, eager=True)
-    return entity_keys(requests, view, view.request_entity)
+    def _plan(self, feature_names: tuple[str, ...]) -> tuple[_Part, ...]:
+        """Which view gives which numbers, worked out once a list of features."""
+        known = self._plans.get(feature_names)
+        if known is None:
+            self.check(feature_names)
+            wanted: dict[str, list[tuple[int, int]]] = {}
+            for column, full_name in enumerate(feature_names):
+                view, place = self._places[full_name]
+                wanted.setdefault(view, []).append((place, column))
+            known = tuple(
+                _Part(name, *map(selector, np.array(pairs).T)) for name, pairs in wanted.items()
+            )
+            if len(self._plans) >= _MOST_PLANS:
+                self._plans.clear()
+            self._plans[feature_names] = known
+        return known

@@ -9,8 +9,9 @@ units.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,7 @@ from services.features.domain.windows import Window, decay_weights
 
 # place, span, span of the divisor, parameter, parts
 _Member = tuple[int, int, int, float, tuple[int, ...]]
+Selector = slice | Ints
 SumKind = Literal["count", "sum", "square_high", "square_low"]
 EVENT = -1  # in place of a column: the event itself ...
 TIME = -2  # ... or the time of it
@@ -57,6 +59,32 @@ class Group:
     parts: tuple[Ints, ...]
     per: Ints | None = None
     parameters: tuple[float, ...] = ()
+
+    @cached_property
+    def target(self) -> Selector:
+        """Selects the group's rows of an answer by feature."""
+        return selector(self.places)
+
+    @cached_property
+    def own(self) -> Selector:
+        """Selects its first primitives where those have no windows."""
+        return selector(self.parts[0])
+
+    @cached_property
+    def sources(self) -> tuple[tuple[Any, Selector], ...]:
+        """Selects each of its primitives from an array by part and window."""
+        spans = selector(self.spans)
+        return tuple(
+            (int(part[0]), spans)
+            if isinstance(spans, slice) and (part == part[0]).all()
+            else (part, self.spans)
+            for part in self.parts
+        )
+
+    @cached_property
+    def divisor(self) -> Group | None:
+        """The same over the windows of the divisors; None where nothing is divided."""
+        return None if self.per is None else replace(self, spans=self.per, per=None)
 
 
 @dataclass(frozen=True)
@@ -228,3 +256,10 @@ def present(columns: Sequence[int], values: Ints) -> npt.NDArray[np.bool_]:
         if column != EVENT:
             np.not_equal(values[column], NULL, out=row)
     return out
+
+
+def selector(numbers: Ints) -> Selector:
+    """The numbers as an index: a slice, which copies nothing, where they are consecutive."""
+    first = int(numbers[0])
+    consecutive = np.array_equal(numbers, np.arange(first, first + len(numbers)))
+    return slice(first, first + len(numbers)) if consecutive else numbers

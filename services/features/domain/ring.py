@@ -11,11 +11,12 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from services.features.domain.aggregates import NEVER, NO_MINIMUM, RECORD, Aggregates
+from services.features.domain.aggregates import NEVER, NO_MINIMUM, Aggregates
 from services.features.domain.changes import Touched
 from services.features.domain.events import Ints
 from services.features.domain.layout import Layout
-from services.features.domain.windowed import Extents, Windowed, decayed
+from services.features.domain.tile_windows import NOTHING, TileWindows
+from services.features.domain.windowed import Extents, Windowed
 
 Mask = npt.NDArray[np.bool_]
 EMPTY = np.iinfo(np.int64).min
@@ -38,6 +39,9 @@ class TileRing:
         self._layout = layout
         self.length = ring_length(tiles)
         self._tiles = tiles
+        self._ages = np.arange(tiles)[:, None]
+        self._wheel = _wheel(self.length, tiles)
+        self._windows = TileWindows(layout, tiles)
         self._held = np.empty(0, np.int64)
         self._data = Aggregates.nothing(layout, 0)
         self.touched: Touched | None = None
@@ -57,6 +61,10 @@ class TileRing:
             _grown(self._data.mins, need),
             _grown(self._data.lasts, need),
         )
+        if not have:  # what a tile that is not held is answered from
+            self._data.sums[NOTHING] = 0
+            self._data.mins[NOTHING] = NO_MINIMUM
+            self._data.lasts[NOTHING] = NEVER
 
     def merge(self, rows: Ints, tiles: Ints, parts: Aggregates) -> Mask:
         """Add aggregates to (row, tile) slots, each slot named once; False where it was too old."""
@@ -81,31 +89,33 @@ class TileRing:
     def windows(self, rows: Ints, extents: Extents) -> Windowed:
         """Aggregates of every window of each row."""
         layout = self._layout
-        out = Aggregates.nothing(layout, len(rows), len(layout.spans))
-        decays = np.zeros((len(rows), len(layout.decays), 3), np.int64)
         if not self._tiles:
-            return Windowed(out, decays)
+            found = Aggregates.nothing(layout, len(rows), len(layout.spans))
+            return Windowed(found, np.zeros((len(rows), len(layout.decays), 3), np.int64))
         width = len(layout.sums) + len(layout.mins) + len(layout.lasts)
         step = max(1, _BLOCK // (self._tiles * max(1, width)))
-        for start in range(0, len(rows), step):
-            block = slice(start, start + step)
-            part = self._block(rows[block], extents.block(block))
-            found = part.aggregates
-            out.sums[block], out.mins[block], out.lasts[block] = found.sums, found.mins, found.lasts
-            decays[block] = part.decayed
-        return Windowed(out, decays)
+        if len(rows) <= step:
+            return self._over(rows, extents)
+        blocks = [slice(start, start + step) for start in range(0, len(rows), step)]
+        return Windowed.concatenate([self._over(rows[b], extents.block(b)) for b in blocks])
+
+    def _over(self, rows: Ints, extents: Extents) -> Windowed:
+        slots, held = self._slots(rows, extents.newest_tile)
+        known = np.full((self._tiles + 1, len(rows)), NOTHING, np.int64)
+        np.copyto(known[:-1], slots, where=held)
+        return self._windows.over(self._data, known, extents)
 
     def tile_minima(self, rows: Ints, newest_tile: Ints, parts: Sequence[int]) -> Ints:
         """Minima of each row's tiles by age: int64 [n, ages, parts], NO_MINIMUM where empty."""
         slots, held = self._slots(rows, newest_tile)
-        found = self._data.mins[:, list(parts)].take(slots, axis=0)
-        return np.where(held[:, :, None], found, NO_MINIMUM)
+        found = self._data.mins.take(np.where(held, slots, NOTHING).T, axis=0)
+        return np.asarray(found[:, :, list(parts)])
 
     def held_slots(self, rows: Ints, newest_tile: Ints) -> tuple[Ints, Ints, Ints]:
         """Of the tiles by age that are held: whose (index into rows), the age and the slot."""
         slots, held = self._slots(rows, newest_tile)
-        owners, ages = np.nonzero(held)
-        return owners, ages, slots[owners, ages]
+        owners, ages = np.nonzero(held.T)
+        return owners, ages, slots[ages, owners]
 
     @property
     def held(self) -> Ints:
@@ -154,75 +164,10 @@ class TileRing:
         )
 
     def _slots(self, rows: Ints, newest_tile: Ints) -> tuple[Ints, Mask]:
-        """The slots of each row's tiles by age [n, ages], and whether they hold those tiles."""
-        tiles = newest_tile[:, None] - np.arange(self._tiles)
-        slots = rows[:, None] * self.length + tiles % self.length
-        return slots, self._held[slots] == tiles
-
-    def _block(self, rows: Ints, extents: Extents) -> Windowed:
-        slots, held = self._slots(rows, extents.newest_tile)
-        sums = self._data.sums.take(slots, axis=0)
-        sums *= held[:, :, None]
-        mins = np.where(held[:, :, None], self._data.mins.take(slots, axis=0), NO_MINIMUM)
-        shape = (len(rows), len(self._layout.spans))
-        found = Aggregates(
-            np.empty((*shape, sums.shape[2]), np.int64),
-            np.empty((*shape, mins.shape[2]), np.int64),
-            self._lasts(slots, held, extents),
-        )
-        self._sliding(sums, mins, found)
-        self._placed(sums, mins, extents, found)
-        return Windowed(found, decayed(self._layout, sums))
-
-    def _sliding(self, sums: Ints, mins: Ints, out: Aggregates) -> None:
-        """Windows that all end with the newest tile: each is the one before it, and some more."""
-        count = self._layout.sliding
-        if not count:
-            return
-        spans = self._layout.spans[:count]
-        starts, end = np.concatenate(([0], spans[:-1])), spans[-1]
-        out.sums[:, :count] = np.add.reduceat(sums[:, :end], starts, axis=1).cumsum(axis=1)
-        least = np.minimum.reduceat(mins[:, :end], starts, axis=1)
-        out.mins[:, :count] = np.minimum.accumulate(least, axis=1)
-
-    def _placed(self, sums: Ints, mins: Ints, extents: Extents, out: Aggregates) -> None:
-        """Windows whose place depends on the request."""
-        for window in range(self._layout.sliding, len(self._layout.spans)):
-            inside = _inside(extents, window, self._tiles)[:, :, None]
-            out.sums[:, window] = (sums * inside).sum(axis=1)
-            out.mins[:, window] = np.where(inside, mins, NO_MINIMUM).min(axis=1, initial=NO_MINIMUM)
-
-    def _lasts(self, slots: Ints, held: Mask, extents: Extents) -> Ints:
-        """The newest record of each window: it is in the newest tile that has one (the oldest)."""
-        spans, count = self._layout.spans, self._layout.sliding
-        out = np.full((len(slots), len(spans), len(self._layout.lasts), RECORD), NEVER, np.int64)
-        for place, (sign, _) in enumerate(self._layout.lasts):
-            has = held & (self._data.lasts[:, place, 0][slots] != NEVER)
-            shared = count if sign > 0 else 0
-            if shared:
-                age = np.where(has.any(axis=1), has.argmax(axis=1), self._tiles)
-                found = np.flatnonzero(age < self._tiles)
-                newest = self._data.lasts[slots[found, age[found]], place]
-                inside = age[found, None] < spans[:count]
-                out[found, :count, place] = np.where(inside[:, :, None], newest[:, None], NEVER)
-            for window in range(shared, len(spans)):
-                if window < count:
-                    chosen = has[:, : spans[window]]
-                else:
-                    chosen = has & _inside(extents, window, self._tiles)
-                age = chosen.argmax(axis=1)
-                if sign < 0:
-                    age = chosen.shape[1] - 1 - chosen[:, ::-1].argmax(axis=1)
-                found = np.flatnonzero(chosen[np.arange(len(age)), age])
-                age = age[found]
-                out[found, window, place] = self._data.lasts[slots[found, age], place]
-        return out
-
-
-def _inside(extents: Extents, window: int, tiles: int) -> Mask:
-    """Which ages a window covers: bool [n, ages]."""
-    ages = np.arange(tiles)
-    return (ages >= extents.low[:, window, None]) & (ages < extents.high[:, window, None])
+        """The slots of each row's tiles by age [ages, n], and whether they hold those tiles."""
+        wheel = self._wheel[newest_tile % self.length]
+        slots = np.add(wheel.T, rows * self.length, order="C")
+        return slots, self._held.take(slots) == newest_tile - self._ages
 
 
 def _merge_some(parts: Aggregates, at: Ints, others: Aggregates) -> Aggregates:
@@ -237,3 +182,12 @@ def _grown(array: Ints, length: int) -> Ints:
     grown = np.empty((length, *array.shape[1:]), np.int64)
     grown[: len(array)] = array
     return grown
+
+
+def _wheel(length: int, tiles: int) -> Ints:
+    """The slots of the newest `tiles` tiles, newest first, by the newest one's: [length, tiles]."""
+    if not tiles:
+        return np.empty((0, 0), np.int64)
+    downwards = np.tile(np.arange(length)[::-1], 2)
+    # rows of a turning wheel share their memory: a table of its own would grow as tiles squared
+    return np.lib.stride_tricks.sliding_window_view(downwards, tiles)[:length][::-1]

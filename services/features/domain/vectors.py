@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -22,6 +23,8 @@ Vectors = npt.NDArray[np.float32]
 Floats = npt.NDArray[np.floating[Any]]  # float64: what the type checker makes of int * float
 # Above this a sum of squared deviations may have left int64; floats are exact enough there.
 _INT_LIMIT = 2.0**62
+# With less than this in the upper half of a sum of squares, no sum of deviations comes near that.
+_HIGH_LIMIT = 2**29
 
 
 def row_bytes(matrix: npt.NDArray[Any], kind: str = "<f4") -> list[bytes]:
@@ -48,22 +51,41 @@ class Primitives:
     as_of_us: Ints
     sketches: SketchAnswers | None = None
 
+    # Below, requests come last: what a feature needs of all of them then lies in one piece.
+    @cached_property
+    def sums(self) -> Ints:
+        """Sums by part and window: int64 [sums, windows, n]."""
+        return np.ascontiguousarray(self.windows.sums.T)
+
+    @cached_property
+    def mins(self) -> Ints:
+        """Minima by part and window: int64 [mins, windows, n]."""
+        return np.ascontiguousarray(self.windows.mins.T)
+
+    @cached_property
+    def lasts(self) -> Ints:
+        """Times and values of records by part and window: int64 [2, lasts, windows, n]."""
+        return np.ascontiguousarray(self.windows.lasts[..., ::3].T)
+
 
 def vectors(view: FeatureView, layout: Layout, primitives: Primitives) -> Vectors:
     """The view's features for each request: float32 [n, features], NaN where there is nothing."""
-    out = np.empty((len(primitives.as_of_us), len(view.features)), np.float32)
+    out = np.empty((len(view.features), len(primitives.as_of_us)), np.float32)
     for group in layout.groups:
         finish = _FINISH[group.aggregation]
         numbers = finish(view, group, primitives)
-        if group.per is not None:
-            divisor = finish(view, replace(group, spans=group.per), primitives)
+        if group.divisor is not None:
+            divisor = finish(view, group.divisor, primitives)
             numbers = _unless(divisor == 0, numbers / np.where(divisor == 0, 1.0, divisor))
-        out[:, group.places] = numbers
-    return out
+        out[group.target] = numbers
+    return out.T
+
+
+# Each gives the numbers of a group's features: [features of the group, n].
 
 
 def _sums(group: Group, primitives: Primitives) -> list[Ints]:
-    return [primitives.windows.sums[:, group.spans, part] for part in group.parts]
+    return [primitives.sums[at] for at in group.sources]
 
 
 def _count(_view: FeatureView, group: Group, primitives: Primitives) -> Floats:
@@ -89,10 +111,12 @@ def _std(view: FeatureView, group: Group, primitives: Primitives) -> Floats:
     n = np.maximum(count, 1)
     center = np.rint(total / n).astype(np.int64)
     exact = (high << SQUARE_BITS) + low - 2 * center * total + n * center * center
-    c, s1 = center.astype(np.float64), total.astype(np.float64)
-    squares = high.astype(np.float64) * 2.0**SQUARE_BITS + low
-    rough = squares - 2.0 * c * s1 + n * c * c
-    deviations = np.where(rough < _INT_LIMIT, exact.astype(np.float64), rough)
+    deviations = exact.astype(np.float64)
+    if high.max(initial=0) >= _HIGH_LIMIT:
+        c, s1 = center.astype(np.float64), total.astype(np.float64)
+        squares = high.astype(np.float64) * 2.0**SQUARE_BITS + low
+        rough = squares - 2.0 * c * s1 + n * c * c
+        deviations = np.where(rough < _INT_LIMIT, deviations, rough)
     offset = (total - n * center) / n
     variance = np.maximum(deviations / n - offset * offset, 0.0)
     return _unless(count == 0, np.sqrt(variance) * view.resolution)
@@ -100,15 +124,16 @@ def _std(view: FeatureView, group: Group, primitives: Primitives) -> Floats:
 
 def _extreme(sign: int) -> Callable[[FeatureView, Group, Primitives], Floats]:
     def finish(view: FeatureView, group: Group, primitives: Primitives) -> Floats:
-        found = primitives.windows.mins[:, group.spans, group.parts[0]]
+        found = primitives.mins[group.sources[0]]
         return _unless(found == NO_MINIMUM, sign * found * view.resolution)
 
     return finish
 
 
 def _last(view: FeatureView, group: Group, primitives: Primitives) -> Floats:
-    found = primitives.windows.lasts[:, group.spans, group.parts[0]]
-    return _unless(found[..., 0] == NEVER, found[..., 3] * view.resolution)
+    times, values = primitives.lasts
+    at = group.sources[0]
+    return _unless(times[at] == NEVER, values[at] * view.resolution)
 
 
 def _ewma(view: FeatureView, group: Group, primitives: Primitives) -> Floats:
@@ -118,42 +143,42 @@ def _ewma(view: FeatureView, group: Group, primitives: Primitives) -> Floats:
     Streaming Systems" (2009): a weight depends on the event's age alone, so sums merge. The weights
     are whole (see `decay_weights`), so the weighted sums are exact.
     """
-    found = primitives.decayed[:, group.parts[0]]
+    found = primitives.decayed[:, group.own]
     weight = found[..., 0]
     mean = decayed_total(found) / np.maximum(weight, 1)
-    return _unless(weight == 0, mean * view.resolution)
+    return _unless(weight == 0, mean * view.resolution).T
 
 
 def _sketched(view: FeatureView, group: Group, primitives: Primitives) -> Floats:
-    out = np.empty((len(primitives.as_of_us), len(group.spans)))
+    out = np.empty((len(group.spans), len(primitives.as_of_us)))
     finish = _SKETCHED[group.aggregation]
     scale = view.resolution if group.aggregation in ("quantile", "top") else 1.0
     asked = zip(group.parts[0].tolist(), group.spans.tolist(), group.parameters, strict=True)
-    for place, (sketch, window, parameter) in enumerate(asked):
+    for row, (sketch, window, parameter) in zip(out, asked, strict=True):
         assert primitives.sketches is not None
         cells = primitives.sketches.cells(sketch, window)
-        out[:, place] = finish(cells, parameter, len(out)) * scale
+        row[:] = finish(cells, parameter, len(row)) * scale
     return out
 
 
 def _latest(view: FeatureView, group: Group, primitives: Primitives) -> Floats:
-    found = primitives.latest[:, group.parts[0]]
-    return _unless(_gone(view, found, primitives), found[..., 3] * view.resolution)
+    found = primitives.latest.T[:, group.own]
+    return _unless(_gone(view, found, primitives), found[3] * view.resolution)
 
 
 def _age(view: FeatureView, group: Group, primitives: Primitives) -> Floats:
-    found = primitives.latest[:, group.parts[0]]
-    age_us = np.maximum(primitives.as_of_us[:, None] - found[..., 0], 0)
+    found = primitives.latest.T[:, group.own]
+    age_us = np.maximum(primitives.as_of_us - found[0], 0)
     return _unless(_gone(view, found, primitives), age_us / 1e6)
 
 
 def _gone(view: FeatureView, found: Ints, primitives: Primitives) -> npt.NDArray[np.bool_]:
     """Where there is no record, or only one that is older than the view remembers."""
-    absent = found[..., 0] == NEVER
+    absent = found[0] == NEVER
     if view.retention_us is None:
         return np.asarray(absent)
-    oldest = primitives.as_of_us[:, None] - view.retention_us
-    return np.asarray(absent | (found[..., 0] < oldest))
+    oldest = primitives.as_of_us - view.retention_us
+    return np.asarray(absent | (found[0] < oldest))
 
 
 def _unless(empty: npt.NDArray[np.bool_], values: Floats) -> Floats:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -111,4 +112,17 @@ class Windowed:
         """Over the events of both."""
         return Windowed(
             self.aggregates.merge(other.aggregates), np.asarray(self.decayed + other.decayed)
+        )
+
+    @staticmethod
+    def concatenate(parts: Sequence[Windowed]) -> Windowed:
+        """The same of all requests of all parts (at least one)."""
+        found = [part.aggregates for part in parts]
+        return Windowed(
+            Aggregates(
+                np.concatenate([one.sums for one in found]),
+                np.concatenate([one.mins for one in found]),
+                np.concatenate([one.lasts for one in found]),
+            ),
+            np.concatenate([part.decayed for part in parts]),
         )

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from causemesh.errors import Misdeclared, Poison
 from services.features.domain.definitions import Feature, FeatureView, InputColumn
 from services.features.domain.durations import default_tile, format_duration, parse_duration
-from services.features.domain.events import NULL, ViewEvents, entity_keys, read_events
+from services.features.domain.events import FEW, NULL, ViewEvents, entity_keys, read_events
 from services.features.domain.failures import DefinitionError
 from services.features.domain.parsing import parse_views
 
@@ -272,6 +272,6 @@ def test_keys_of_few_rows_are_those_of_many(rows: list[tuple[str | None, ...]]) 
     view = view_of()
     names = dict.fromkeys(("tenant_id", "k", "m"), pl.String)
     few = pl.DataFrame(rows, schema=names, orient="row")
-    many = pl.concat([few] * 65)
+    many = pl.concat([few] * (FEW + 1))
     singly = [entity_keys(part, view, view.entity).item() for part in few.iter_slices(1)]
-    assert singly * 65 == entity_keys(many, view, view.entity).to_list()
+    assert singly * (FEW + 1) == entity_keys(many, view, view.entity).to_list()

@@ -34,6 +34,7 @@ from examples.flights import model, probing, summing, training
 from examples.flights.dataset import Replay, load, slices, with_defects
 from examples.flights.disturbing import Disturbances
 from examples.flights.following import Outcomes
+from examples.flights.sending import surely
 from examples.flights.summing import Story
 from examples.flights.waiting import Waiting
 
@@ -43,7 +44,6 @@ _DAY_US = 86_400_000_000
 _REQUESTS = "requests"
 _MARKER = "demo"
 _DATA = ("kafka", "pulsar", "registry", "postgres", "triton", "stripe", "lake")
-_AWAY_S = 180.0
 _SLICE_H, _DISTURBED_SLICE_H = 24, 1  # what the producer sends at once, hours of event time
 _PARTITIONS = 2  # as many as the cores it is sized for; the results do not depend on it
 
@@ -168,21 +168,8 @@ class Demo:
             await self._send(client, until_us, {_REQUESTS: frame})
         held.clear()
 
-    async def _surely(
-        self, send: Callable[[str, Any], Awaitable[Any]], kind: str, what: object
-    ) -> None:
-        """Send, and again while the broker is away; the door drops by its id what was written."""
-        deadline = time.monotonic() + _AWAY_S
-        while True:
-            try:
-                await send(kind, what)
-            except Retryable as error:
-                if time.monotonic() > deadline:
-                    raise
-                self._out.progress("producer", f"sends again: {error}")
-                await asyncio.sleep(error.retry_after)
-            else:
-                return
+    async def _surely(self, send: Callable[..., Awaitable[Any]], *what: Any) -> None:
+        await surely(send, *what, told=self._out.progress)
 
     async def _predicted(self, mesh: Mesh, outcomes: Outcomes) -> None:
         asked = self._story.replay.requests.filter(pl.col("occurred_at") < TRAINED_FROM).height

@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from causemesh.client import connect
 from examples.flights import asking, checking, model, probing, training
 from examples.flights.dataset import Defects, Replay, load, slices, with_defects
 from examples.flights.following import Outcomes
+from examples.flights.sending import surely
 from examples.flights.waiting import Waiting
 from tests.compose.containers import PROJECT, WITH_STAND_IN, Containers, docker_missing
 
@@ -85,17 +87,16 @@ def told(containers: Containers, tmp_path_factory: pytest.TempPathFactory) -> To
 
 async def _told(containers: Containers, home: Path, replay: Replay, defects: Defects) -> Told:
     began = time.monotonic()
+    send = partial(surely, told=lambda who, what: print(f"{who} {what}"))
     async with connections(home) as open_to, connect(settings=open_to.settings) as client:
         for until_us, frames in slices(replay):
             for kind, frame in frames.items():
                 if frame.height:
-                    await (
-                        client.request(frame) if kind == "requests" else client.produce(kind, frame)
-                    )
+                    await send(client.produce, kind, frame)
             for kind in frames:
-                await client.watermark(kind, until_us)
+                await send(client.watermark, kind, until_us)
         for kind in replay.frames:
-            await client.watermark(kind, LAST_WATERMARK_US)
+            await send(client.watermark, kind, LAST_WATERMARK_US)
         outcomes = Outcomes(open_to)
         following = asyncio.create_task(outcomes.follow())
         waiting = Waiting(containers, lambda what, state: None)

@@ -58,6 +58,7 @@ class SkewMonitor:
         self._limits = limits
         self._clock = clock
         self._outcomes = outcomes
+        outcomes.labels(_KIND, "different")  # a rate needs the 0 before the first
         self._kept = _KEPT.to_frame()
         self._next = 0.0
 
@@ -133,7 +134,7 @@ class SkewMonitor:
 
     def _count(self, outcome: str, number: int) -> None:
         if number:
-            self._outcomes.labels("skew", outcome).inc(number)
+            self._outcomes.labels(_KIND, outcome).inc(number)
 
     def snapshot(self) -> bytes | None:
         """See `Processor.snapshot`: what waits."""

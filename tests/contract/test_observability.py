@@ -161,6 +161,7 @@ def test_promtool_passes_the_rules(tmp_path: Path) -> None:
         ("min_over_time(", "max_over_time("),
         ("oldest_seconds > 60", "oldest_seconds > 6000"),
         ("oldest_seconds > 60", "oldest_seconds > 6"),
+        ('outcome="different"', 'outcome="same"'),
     ],
 )
 def test_promtool_fails_broken_rules(right: str, wrong: str, tmp_path: Path) -> None:

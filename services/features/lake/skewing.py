@@ -27,11 +27,13 @@ _INSTANT = pl.Datetime("us", "UTC")
 @dataclass(frozen=True)
 class SkewLimits:
     """`share` of the requests is sampled, by a hash of the request id; each waits at least `wait_s`
-    for the lake, which is looked at every `every_s`; no more than `most` wait at a time."""
+    for the lake, which is looked at every `every_s`, and at most `give_up_s`; no more than `most`
+    wait at a time."""
 
     share: float
     wait_s: float
     every_s: float
+    give_up_s: float = 86_400.0
     most: int = 5_000
 
 
@@ -56,6 +58,7 @@ class SkewMonitor:
         self._limits = limits
         self._clock = clock
         self._outcomes = outcomes
+        outcomes.labels(_KIND, "different")  # a rate needs the 0 before the first
         self._kept = _KEPT.to_frame()
         self._next = 0.0
 
@@ -66,8 +69,7 @@ class SkewMonitor:
         for batch in batches:
             self._keep(batch)
         now = self._clock.monotonic()
-        seen_by_us = self._clock.now_us() - round(self._limits.wait_s * 1e6)
-        due = self._kept.filter(pl.col(_SEEN) <= seen_by_us).select(SERVED.names())
+        due = self._waited(self._limits.wait_s).select(SERVED.names())
         if now < self._next or not due.height:
             return Emission()
         self._next = now + self._limits.every_s
@@ -77,7 +79,15 @@ class SkewMonitor:
         self._count("same", checked.compared - differing)
         self._count("different", differing)
         self._count("not_declared", checked.done - checked.compared)
+        # the lake may never get so far: a request of a time that no source promises
+        given_up = self._waited(self._limits.give_up_s).height
+        self._kept = self._kept.tail(self._kept.height - given_up)
+        self._count("not_whole", given_up)
         return Emission([self._alerts(checked.differences)] if differing else ())
+
+    def _waited(self, seconds: float) -> pl.DataFrame:
+        """Those that have waited for so long: the first ones."""
+        return self._kept.filter(pl.col(_SEEN) <= self._clock.now_us() - round(seconds * 1e6))
 
     def _keep(self, batch: Batch) -> None:
         """Add the sampled predictions of a batch, as far as there is room."""
@@ -124,7 +134,7 @@ class SkewMonitor:
 
     def _count(self, outcome: str, number: int) -> None:
         if number:
-            self._outcomes.labels("skew", outcome).inc(number)
+            self._outcomes.labels(_KIND, outcome).inc(number)
 
     def snapshot(self) -> bytes | None:
         """See `Processor.snapshot`: what waits."""

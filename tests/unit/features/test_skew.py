@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -177,6 +178,14 @@ async def test_right_vectors_are_silent(tmp_path: Path, mode: str) -> None:
     assert await watched.alerts() == []
 
 
+async def test_what_was_read_is_compared_when_nothing_more_comes(tmp_path: Path) -> None:
+    fill_lake(tmp_path, 4)
+    watched = Watched(tmp_path, wait_s=0.5)
+    await watched.predict(predictions([RIGHT] * 4))
+    await watched.run(20, until=4)
+    assert watched.counted("same") == 4
+
+
 async def test_a_wrong_vector_alerts_and_names_its_prediction(tmp_path: Path) -> None:
     fill_lake(tmp_path, 4)
     watched = Watched(tmp_path)
@@ -207,6 +216,18 @@ async def test_vectors_wait_until_the_lake_has_got_so_far(tmp_path: Path) -> Non
     await watched.run(20, until=2)
     assert (watched.counted("same"), watched.counted("different")) == (1, 1)
     assert [one["request_id"] for one in await watched.alerts()] == ["r1"]
+
+
+async def test_what_the_lake_never_gets_to_is_given_up(tmp_path: Path) -> None:
+    fill_lake(tmp_path, 2, whole_minutes=AT_MINUTE - 1)
+    watched = Watched(tmp_path)
+    watched.limits = replace(watched.limits, give_up_s=0.3)
+    await watched.predict(predictions([RIGHT, RIGHT]))
+    for _ in range(10):
+        if watched.counted("not_whole") < 2:
+            await watched.run(2)
+    assert watched.counted("not_whole") == 2
+    assert watched.compared() == 0
 
 
 async def test_a_share_of_the_requests_is_sampled_by_their_ids(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ class LocalFiles:
         path = self._folder / name
         part = path.with_name(path.name + _PART)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(path.parent)
             with part.open("wb") as file:
                 file.write(content)
                 file.flush()
@@ -86,8 +86,16 @@ def _away(root: str, error: OSError) -> Retryable:
     return Retryable(f"the storage of checkpoints, {root}, fails: {error!r}", retry_after=1.0)
 
 
+def _make_folder(folder: Path) -> None:
+    """Make it, and make that durable."""
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for one in missing:
+        _sync_folder(one.parent)
+
+
 def _sync_folder(folder: Path) -> None:
-    """Make a rename durable."""
+    """Make new names in it durable."""
     number = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(number)

@@ -17,7 +17,7 @@ from causemesh.checkpoints.planning import chosen_pieces, earned, present, resum
 from causemesh.checkpoints.storing import PartitionFiles
 from causemesh.errors import Fatal, Retryable
 
-_REST = 20
+_REST = 25
 """A checkpoint in files may take one part in so many of the process's time on a processor ..."""
 _REST_S = 10.0
 """... but the next one does not wait longer than this, in seconds."""

@@ -169,7 +169,7 @@ class Aligner:
         if self._boundary_us is None or boundary > self._boundary_us:
             self._boundary_us = boundary
         due = {name: self._take_due(name, self._boundary_us) for name in self._pending}
-        if self._unsaved is not None:
+        if self._unsaved is not None and any(due.values()):
             self._unsaved = {name: self._still(parts) for name, parts in self._unsaved.items()}
             self._advanced = True
         answered = self._answer_due(due, self._boundary_us)

@@ -65,6 +65,8 @@ def test_a_folder_s_file_is_durable_before_it_is_seen(
     monkeypatch.setattr(os, "fsync", lambda _: seen.append(os.listdir(tmp_path)))
     files.write("a", b"content")
     assert seen == [["a.part"], ["a"]], "the content, then the name"
+    files.write("g/0/b", b"content")
+    assert len(seen) == 2 + 4, "two folders, the content, the name"
 
 
 def test_storage_that_does_not_answer_is_waited_for(tmp_path: Path) -> None:

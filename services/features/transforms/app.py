@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import io
+import os
+import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import fastavro
+import structlog
 
 from causemesh.catalogue import DEADLETTERS
 from causemesh.codec.rows import RowEncoder
 from causemesh.codec.wire import HEADER_BYTES, header
 from causemesh.derived import Transform, require_faust
-from causemesh.errors import Misdeclared
+from causemesh.errors import MeshError, Misdeclared
 from causemesh.runner import Limits, Stage
 from causemesh.service import Service, open_service, run_process
 from services.features.transforms.applying import Applier
@@ -25,6 +29,7 @@ from services.features.transforms.settings import TransformSettings
 from services.features.transforms.worker import TransformWorker
 
 FEED_GROUP = "features-transform-inputs"
+_log = structlog.get_logger(__name__)
 
 
 async def main() -> None:
@@ -115,5 +120,20 @@ def _unpacker(record: Mapping[str, Any], schema_id: int) -> Callable[[bytes], Ro
     return unpack
 
 
+async def main_and_end() -> None:
+    """`main`, then the end of the process: tasks and threads of Faust could hold that up."""
+    status = 1
+    try:
+        await main()
+        status = 0
+    except MeshError as error:
+        _log.error("service_failed", reason=str(error))
+    except Exception:  # noqa: BLE001 - shown, and the process ends
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    run_process(main)
+    run_process(main_and_end)

@@ -25,6 +25,7 @@ from services.features.transforms.rows import Row
 from services.features.transforms.worker import GROUP, TransformWorker, raw_batch
 
 _COMMIT_S = 2.0  # of offsets that show the lag and nothing else
+_STOP_S = 10.0
 _log = structlog.get_logger(__name__)
 Unpack = Callable[[bytes], Row]
 Position = Callable[[str, int], int | None]
@@ -190,7 +191,15 @@ class Stream:
         finally:
             starting.cancel()
             ended.cancel()
-            await self._app.stop()
+            await self._stop()
+
+    async def _stop(self) -> None:
+        """Leave the group. What Faust can't end in time is ended with the process."""
+        try:
+            async with asyncio.timeout(_STOP_S):
+                await self._app.stop()
+        except Exception as error:  # noqa: BLE001 - why we stop is what counts
+            _log.warning("faust_not_stopped", reason=repr(error))
 
     def missing(self) -> Mapping[str, str]:
         """What keeps the transforms from their work."""

@@ -76,11 +76,13 @@ class Place:
         self.endpoints = endpoints
         self.catalogue = Catalogue.load([project], partitions=1)
         self._mesh = Mesh(home, endpoints, project, ["features", "billing"])
+        self._api_port = json.loads((home / "service-ports.json").read_text())["features"]
 
     def environment(self) -> dict[str, str]:
-        """The settings of a service on this cluster."""
+        """The settings of a service on this cluster; one at a time, as they share a port."""
         return {
             **self._mesh.environment(),
+            "CAUSEMESH_API_PORT": str(self._api_port),
             "CAUSEMESH_PARTITIONS": "1",
             "POLARS_MAX_THREADS": "1",
         }

@@ -41,6 +41,7 @@ from causemesh.catalogue import Catalogue
 from causemesh.codec.decode import Decoder
 from causemesh.codec.encode import RegistryEncoders
 from causemesh.codec.registry import MemoryRegistry
+from causemesh.collector import collect_seldom
 from causemesh.lake.commits import Change, commit
 from causemesh.lake.definitions import define_lake
 from causemesh.lake.opening import open_catalog
@@ -242,6 +243,7 @@ def main(asked_for: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dry", action="store_true", help="print, save nothing")
     asked = parser.parse_args(asked_for)
+    collect_seldom()  # as every service does
     folder = Path(tempfile.mkdtemp(prefix="causemesh-backfill-"))
     try:
         year = Year(folder, asked.months)

@@ -110,7 +110,7 @@ def values(entities: int, path: Path) -> None:
 def feast(kind: str, path: Path, joins: int) -> Figures:
     """Feast over one of its stores, from empty."""
     with tempfile.TemporaryDirectory() as folder, _redis(kind == "redis", Path(folder)) as port:
-        argv = [FEAST_PYTHON, _PEER, kind, path, folder, str(joins), str(port)]
+        argv: list[str | Path] = [FEAST_PYTHON, _PEER, kind, path, folder, str(joins), str(port)]
         return run_command(argv)
 
 

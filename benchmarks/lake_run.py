@@ -59,7 +59,7 @@ class TimedStore(LakeStore):
 def main() -> None:
     """Run the writer until it has written all."""
     TimedStore.topic, TimedStore.records = sys.argv[1], int(sys.argv[2])
-    wiring.LakeStore = TimedStore  # type: ignore[misc]
+    setattr(wiring, "LakeStore", TimedStore)  # noqa: B010 - what it is to be made of
     service.run_process(app.main)
 
 

@@ -211,12 +211,18 @@ def main(told: Sequence[str] | None = None) -> None:
     parser.add_argument("--dry", action="store_true", help="print, save nothing")
     asked = parser.parse_args(told)
     work = Work(asked.records)
+
+    def arm(name: str, write: Callable[[Work, Path], int]) -> Arm:
+        def run() -> Figures:
+            return work.measured(lambda folder: write(work, folder))
+
+        return Arm(name, run, rate="records_per_cpu_second")
+
     arms = [
-        Arm(name, lambda arm=arm: work.measured(lambda folder: arm(work, folder)),
-            rate="records_per_cpu_second")
-        for name, arm in (("lake", lake), ("bound: pyarrow, decoded", bound),
-                          ("rows: fastavro, append", rows))
-    ]  # fmt: skip
+        arm("lake", lake),
+        arm("bound: pyarrow, decoded", bound),
+        arm("rows: fastavro, append", rows),
+    ]
     found = rounds(arms, asked.rounds)
     show(arms, found)
     if not asked.dry:

@@ -16,6 +16,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -66,8 +67,12 @@ def fill(folder: Path, catalogue: Catalogue, frames: Mapping[str, pl.DataFrame])
         )
         progress = TableProgress({0: PartitionProgress(1, 2**40, [], [_PROMISE])})
         change = Change(progress, write(table, rows))
-        commit(catalog, decoded.identifier, lambda table, before, change=change: change)
+        commit(catalog, decoded.identifier, partial(_always, change))
     catalog.close()
+
+
+def _always(change: Change, *_: object) -> Change:
+    return change
 
 
 def flights(months: int, rounds: int) -> None:

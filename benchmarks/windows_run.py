@@ -52,8 +52,8 @@ def main() -> None:
     AnsweringMetrics.as_of_us, AnsweringMetrics.result = int(as_of_us), Path(result)
     AnsweringMetrics.group = "features"
     AnsweringMetrics.records, AnsweringMetrics.warm = int(records), int(warm)
-    service.Metrics = AnsweringMetrics  # type: ignore[misc]
-    app.Join = KnownJoin  # type: ignore[misc]
+    setattr(service, "Metrics", AnsweringMetrics)  # noqa: B010 - what they are to be made of
+    setattr(app, "Join", KnownJoin)  # noqa: B010
     service.run_process(app.main)
 
 

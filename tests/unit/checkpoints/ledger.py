@@ -33,6 +33,7 @@ class Ledger:
         self.pages: list[list[int]] = [[] for _ in range(_PAGES)]
         self.told = 0
         self._new: list[int] | None = None
+        self.swapped = False
         self._padding = " " * padding
         self.worker: PartitionWorker | None = None
         self.idle = 0
@@ -65,6 +66,15 @@ class Ledger:
 
     def track(self) -> None:
         self._new = []
+        self.swapped = False
+
+    def swap(self) -> None:
+        """What no delta can tell."""
+        self.pages.reverse()
+        self.swapped = True
+
+    def replaced(self) -> bool:
+        return self.swapped
 
     def delta(self) -> Encode:
         new, self._new = self._new, []

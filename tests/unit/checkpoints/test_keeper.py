@@ -71,6 +71,33 @@ async def test_a_small_state_lies_in_the_row_and_a_larger_one_in_files() -> None
     assert ledger.told == 4
 
 
+@pytest.mark.parametrize("told", [True, False])
+async def test_what_was_replaced_is_written_whole(
+    told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Control: where the ledger does not tell, another state comes back."""
+    if not told:
+        monkeypatch.setattr(Ledger, "replaced", lambda self: False)
+    files, ledger, other = MemoryFiles(), Ledger(), Ledger()
+    kept = await opened(ledger, files, None, 1)
+    await book(ledger, *range(20))
+    await taken(kept)
+    before = set(files.kept)
+    await book(ledger, 20)
+    await taken(kept)
+    ledger.swap()
+    await book(ledger, 21)
+    state = await taken(kept)
+    await opened(other, files, state, 2)
+    assert (other.pages == ledger.pages) == told
+    if told:
+        assert set(files.kept) == Manifest.parse(state).files
+        assert not before & set(files.kept)
+        await book(ledger, 22)
+        await opened(other, files, await taken(kept), 3)
+        assert other.pages == ledger.pages
+
+
 async def test_a_state_that_lay_in_the_row_goes_on_in_files() -> None:
     """As after an upgrade, or with another limit."""
     ledger = Ledger()

@@ -231,12 +231,12 @@ async def test_what_the_lake_never_gets_to_is_given_up(tmp_path: Path) -> None:
 
 
 async def test_a_share_of_the_requests_is_sampled_by_their_ids(tmp_path: Path) -> None:
-    fill_lake(tmp_path, 200)
+    fill_lake(tmp_path, 60)
     watched = Watched(tmp_path, share=0.25)
-    await watched.predict(predictions([RIGHT] * 200))
-    chosen = sum(zlib.crc32(f"r{n}".encode()) < 2**30 for n in range(200))
+    await watched.predict(predictions([RIGHT] * 60))
+    chosen = sum(zlib.crc32(f"r{n}".encode()) < 2**30 for n in range(60))
     await watched.run(20, until=chosen)
-    assert 0 < chosen < 200
+    assert 0 < chosen < 60
     assert watched.counted("same") == chosen
 
 

@@ -243,6 +243,26 @@ def test_an_event_that_a_view_cannot_take_is_left_out_of_it_alone(tmp_path: Path
     assert small == -20.0
 
 
+def test_a_correction_counts_from_its_own_time_on(tmp_path: Path) -> None:
+    """The second reading takes the place of the first."""
+    body = {
+        "event": "reading",
+        "entity": "sensor",
+        "corrects": "site",
+        "features": {"*": ["count 1h"], "value": ["max 1h", "p50 1h"]},
+        "tile": "5m",
+    }
+    definitions = definitions_of({"views": {"fixed": body}})
+    events = readings([5.0, 2.0, 3.0], [0, 10, 20]).with_columns(
+        pl.Series("site", ["x", "e0", "x"])
+    )
+    fill(tmp_path, definitions.catalogue, {"events.reading": events})
+    with lake_of(tmp_path, definitions.catalogue) as lake:
+        made = training_set(asked([5, 30, 10, 11]), ["fixed"], lake, definitions).frame
+    assert made["fixed.count_1h"].to_list() == [1.0, 2.0, 1.0, 1.0]
+    assert made["fixed.value_max_1h"].to_list() == [5.0, 3.0, 5.0, 2.0]
+
+
 def test_a_field_that_came_later_has_its_default_before(tmp_path: Path) -> None:
     """As a decoder that reads an older record has it."""
     older = definitions_of(SENSORS)

@@ -19,7 +19,7 @@ from causemesh.errors import Fatal, Retryable
 
 _REST = 25
 """A checkpoint in files may take one part in so many of the process's time on a processor ..."""
-_REST_S = 10.0
+_REST_S = 30.0
 """... but the next one does not wait longer than this, in seconds."""
 _ATTEMPTS = 5
 _log = structlog.get_logger(__name__)

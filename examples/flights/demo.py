@@ -43,7 +43,7 @@ TRAINED_FROM = datetime(2013, 3, 1, tzinfo=UTC)
 _DAY_US = 86_400_000_000
 _REQUESTS = "requests"
 _MARKER = "demo"
-_DATA = ("kafka", "pulsar", "registry", "postgres", "triton", "stripe", "lake")
+_DATA = ("kafka", "pulsar", "registry", "postgres", "triton", "stripe", "lake", "checkpoints")
 _SLICE_H, _DISTURBED_SLICE_H = 24, 1  # what the producer sends at once, hours of event time
 _PARTITIONS = 2  # as many as the cores it is sized for; the results do not depend on it
 

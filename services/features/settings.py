@@ -27,7 +27,7 @@ class FeatureSettings(ServiceSettings):
         " that all of them reach.",
     )
     checkpoint_inline_kb: int = Field(
-        default=1024, ge=0, description="A state of up to so many KiB lies in its row, in Postgres."
+        default=256, ge=0, description="A state of up to so many KiB lies in its row, in Postgres."
     )
     memory_mb: int = Field(
         default=4096, ge=1, description="What the declared entities of all views may cost, MiB."

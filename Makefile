@@ -104,7 +104,7 @@ feast-check: $(STAMP) $(FEAST_STAMP) ## Views to a real Feast and back, answers 
 
 bench-setup: $(STAMP) $(BENCH_STAMP) $(FEAST_STAMP)
 
-bench: bench-setup ## Measure beside peers, about 25 minutes on a quiet machine (BENCH_ROUNDS=5; needs a JDK 17)
+bench: bench-setup ## Measure beside peers, about 45 minutes on a quiet machine (BENCH_ROUNDS=5; needs a JDK 17, redis-server)
 	$(BIN)/python -m benchmarks.features_vs_peers --rounds $(BENCH_ROUNDS)
 	$(BIN)/python -m benchmarks.windows_vs_peers
 	$(BIN)/python -m benchmarks.join_vs_feast

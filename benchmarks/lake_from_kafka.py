@@ -40,8 +40,8 @@ def written(where: Place, filled: Filled, more: dict[str, str]) -> Figures:
     asyncio.run(where.fresh_database(LAKE))
     shutil.rmtree(where.home / "lake", ignore_errors=True)
     environment = {**where.environment(), "CAUSEMESH_LAKE_UPKEEP_SECONDS": "0", **more}
-    argv = [sys.executable, "-m", "benchmarks.lake_run", READINGS, str(filled.count)]
-    figures = run_command(argv, environment)
+    told = [READINGS, str(filled.count), str(filled.in_log - 1)]
+    figures = run_command([sys.executable, "-m", "benchmarks.lake_run", *told], environment)
     with Lake.open(lake_settings(environment), where.catalogue, PROJECT) as lake:
         found = lake.select(READINGS).lazy().select("_position").collect()["_position"]
     if len(found) != filled.count or found.n_unique() != filled.count:

@@ -1,10 +1,10 @@
 """The lake's writer, whole and as it ships, over what lies in a topic: prints what it took.
 
-usage: python -m benchmarks.lake_run TOPIC RECORDS
+usage: python -m benchmarks.lake_run TOPIC RECORDS LAST_POSITION
 
-Time is counted from the first snapshot's commit to the last one that came because there were enough
-rows: what is left in the end waits for its time, which says nothing. Then the process is stopped as
-a supervisor stops it, and commits the rest.
+Time is counted from the first snapshot to the last one that came as there were enough rows:
+what is left in the end waits for its time, which says nothing. Once all is read the process is
+stopped as a supervisor stops it, and commits the rest.
 """
 
 from __future__ import annotations
@@ -17,19 +17,27 @@ import time
 
 from benchmarks.service_run import At, peak_rss_mb
 from causemesh import service
+from causemesh.positions import Checkpoint, Claim
 from services.features.lake import app, wiring
 from services.features.lake.settings import LakeWriterSettings
 from services.features.lake.sinks import Flushed, Sink
 from services.features.lake.store import LakeStore
+from services.features.lake.writing import Written
 
 
 class TimedStore(LakeStore):
     """A store that notes when how many rows of a topic had their snapshot."""
 
     topic = ""
-    records = 0
+    records = last_position = 0
     began: At | None = None
     rows = snapshots = 0
+    told = False
+
+    def stage(self, claim: Claim, written: Written, checkpoint: Checkpoint) -> None:
+        """See `LakeStore.stage`."""
+        super().stage(claim, written, checkpoint)
+        self._stop_at_the_end()
 
     def _note(self, topic: str, sink: Sink, done: Flushed) -> None:
         super()._note(topic, sink, done)
@@ -40,8 +48,13 @@ class TimedStore(LakeStore):
         now = At(self.rows, time.perf_counter(), time.process_time())
         if self.began is None:
             self.began = now
-        elif self.records - self.rows < LakeWriterSettings().lake_commit_rows:
+        elif not self.told and self.records - self.rows < LakeWriterSettings().lake_commit_rows:
             self._tell(self.began, now)
+        self._stop_at_the_end()
+
+    def _stop_at_the_end(self) -> None:
+        if self.told and self._staged[(self.topic, 0)] >= self.last_position:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _tell(self, began: At, ended: At) -> None:
         figures = {
@@ -51,14 +64,14 @@ class TimedStore(LakeStore):
             "snapshots": self.snapshots - 1,
             "peak_rss_mb": peak_rss_mb(),
         }
-        self.records = -1  # told once
+        self.told = True
         print(json.dumps({"figures": figures}), flush=True)
-        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def main() -> None:
     """Run the writer until it has written all."""
-    TimedStore.topic, TimedStore.records = sys.argv[1], int(sys.argv[2])
+    TimedStore.topic, *numbers = sys.argv[1:]
+    TimedStore.records, TimedStore.last_position = map(int, numbers)
     setattr(wiring, "LakeStore", TimedStore)  # noqa: B010 - what it is to be made of
     service.run_process(app.main)
 

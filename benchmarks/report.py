@@ -217,6 +217,12 @@ def plot(runs: Sequence[Result]) -> str:
     )
 
 
+def entities_plot(runs: Sequence[Result]) -> str:
+    """What an event costs and an entity holds, against the entities, as SVG."""
+    panels = (("CPU us an event", "us_per_event"), ("bytes an entity", "bytes_per_entity"))
+    return cost_plot.plot(runs, "entities", panels)
+
+
 def _panel(runs: Sequence[Result], label: str, name: str, left: float) -> str:
     """One pair of axes from zero."""
     width, height, top = 300.0, 190.0, 40.0
@@ -269,8 +275,7 @@ def main() -> None:
         PLOT.write_text(plot(measured["runs"]))
     sized = newest("entities")
     if sized is not None:
-        panels = (("CPU us an event", "us_per_event"), ("bytes an entity", "bytes_per_entity"))
-        ENTITIES_PLOT.write_text(cost_plot.plot(sized["runs"], "entities", panels))
+        ENTITIES_PLOT.write_text(entities_plot(sized["runs"]))
 
 
 if __name__ == "__main__":

@@ -39,3 +39,15 @@ def test_every_result_names_its_machine_and_commit() -> None:
         assert result["machine"]["cpu"]
         assert result["machine"]["cores"] >= 1
         assert len(result["commit"].rstrip("+")) == 12
+
+
+def test_the_plot_of_entities_is_made_from_the_newest_results() -> None:
+    measured = report.newest("entities")
+    drawn = report.ENTITIES_PLOT.read_text() if report.ENTITIES_PLOT.exists() else None
+    assert drawn == (report.entities_plot(measured["runs"]) if measured else None)
+
+
+def test_a_plot_shows_each_size() -> None:
+    runs = [{"entities": 10**n, "us_per_event": n / 3, "bytes_per_entity": 700} for n in (3, 6)]
+    drawn = report.entities_plot(runs)
+    assert all(text in drawn for text in (">1k<", ">1M<", ">1.00<", ">2.00<", ">700<"))

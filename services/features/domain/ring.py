@@ -39,8 +39,8 @@ class TileRing:
         self._layout = layout
         self.length = ring_length(tiles)
         self._tiles = tiles
-        self._ages = np.arange(tiles)[:, None]
-        self._wheel = _wheel(self.length, tiles)
+        self._ages = np.arange(self.length)[:, None]
+        self._wheel = _wheel(self.length)
         self._windows = TileWindows(layout, tiles)
         self._held = np.empty(0, np.int64)
         self._data = Aggregates.nothing(layout, 0)
@@ -101,14 +101,12 @@ class TileRing:
 
     def _over(self, rows: Ints, extents: Extents) -> Windowed:
         slots, held = self._slots(rows, extents.newest_tile)
-        known = np.full((self._tiles + 1, len(rows)), NOTHING, np.int64)
-        np.copyto(known[:-1], slots, where=held)
-        return self._windows.over(self._data, known, extents)
+        return self._windows.over(self._data, np.where(held, slots, NOTHING), extents)
 
     def tile_minima(self, rows: Ints, newest_tile: Ints, parts: Sequence[int]) -> Ints:
         """Minima of each row's tiles by age: int64 [n, ages, parts], NO_MINIMUM where empty."""
         slots, held = self._slots(rows, newest_tile)
-        found = self._data.mins.take(np.where(held, slots, NOTHING).T, axis=0)
+        found = self._data.mins.take(np.where(held, slots, NOTHING)[:-1].T, axis=0)
         return np.asarray(found[:, :, list(parts)])
 
     def held_slots(self, rows: Ints, newest_tile: Ints) -> tuple[Ints, Ints, Ints]:
@@ -164,10 +162,15 @@ class TileRing:
         )
 
     def _slots(self, rows: Ints, newest_tile: Ints) -> tuple[Ints, Mask]:
-        """The slots of each row's tiles by age [ages, n], and whether they hold those tiles."""
+        """The slots of each row's tiles by age, and whether they hold those tiles.
+
+        Both [ages + 1, n]: the last is the spare tile's, which no window reaches and none holds.
+        """
         wheel = self._wheel[newest_tile % self.length]
         slots = np.add(wheel.T, rows * self.length, order="C")
-        return slots, self._held.take(slots) == newest_tile - self._ages
+        held = self._held.take(slots) == newest_tile - self._ages
+        held[-1] = False
+        return slots, held
 
 
 def _merge_some(parts: Aggregates, at: Ints, others: Aggregates) -> Aggregates:
@@ -184,10 +187,10 @@ def _grown(array: Ints, length: int) -> Ints:
     return grown
 
 
-def _wheel(length: int, tiles: int) -> Ints:
-    """The slots of the newest `tiles` tiles, newest first, by the newest one's: [length, tiles]."""
-    if not tiles:
+def _wheel(length: int) -> Ints:
+    """The slots of the newest tiles, newest first, by the slot of the newest: [length, length]."""
+    if not length:
         return np.empty((0, 0), np.int64)
     downwards = np.tile(np.arange(length)[::-1], 2)
     # rows of a turning wheel share their memory: a table of its own would grow as tiles squared
-    return np.lib.stride_tricks.sliding_window_view(downwards, tiles)[:length][::-1]
+    return np.lib.stride_tricks.sliding_window_view(downwards, length)[:length][::-1]

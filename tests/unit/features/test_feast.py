@@ -17,10 +17,12 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from causemesh.errors import Misdeclared
 from services.features.domain.definitions import Feature, FeatureView, InputColumn
 from services.features.domain.parsing import parse_views
+from services.features.feast.app import app
 from services.features.feast.exporting import definitions, export, feast_names
 from services.features.feast.history import TIMESTAMP, key_columns, vector_history
 from services.features.feast.importing import imported
@@ -244,3 +246,18 @@ def test_a_registry_becomes_views_of_newest_values() -> None:
 def test_what_is_no_registry_is_refused(dump: str, reason: str) -> None:
     with pytest.raises(Misdeclared, match=reason):
         imported(dump)
+
+
+def test_the_command_writes_a_features_yaml(tmp_path: Path) -> None:
+    dump, out = tmp_path / "dump.json", tmp_path / "features.yaml"
+    dump.write_text(json.dumps(DUMP))
+    told = ["import", str(dump), "--out", str(out), "--event", "changes=price_changed"]
+    done = CliRunner().invoke(app, told)
+    assert done.exit_code == 0, done.output
+    assert [view.name for view in parse_views(yaml.safe_load(out.read_text()))] == [
+        "prices",
+        "stocks",
+    ]
+    assert "STRING is no number" in done.output
+    wrong = CliRunner().invoke(app, [*told[:-1], "changes"])
+    assert isinstance(wrong.exception, Misdeclared)

@@ -24,7 +24,7 @@ FACE = {
     runner.Outgoing: {
         "": "topic, frame, keys, cause_topic, cause_partition, positions, indexes=, origins=",
     },
-    runner.Emission: {"": "outgoing=, promises=, refused="},
+    runner.Emission: {"": "outgoing=, promises=, refused=, commit="},
     runner.Processor: {
         "process": "async batches, watermark_us, transaction",
         "snapshot": "",

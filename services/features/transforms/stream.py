@@ -16,7 +16,7 @@ import faust
 import structlog
 from faust.transport.drivers.aiokafka import Consumer as KafkaConsumer
 from faust.transport.drivers.aiokafka import Transport as KafkaTransport
-from faust.types import EventT
+from faust.types import TP, EventT
 
 from causemesh.catalogue import Catalogue
 from causemesh.derived import Transform
@@ -222,11 +222,40 @@ class Stream:
                 messages = [one for one in gathered if one.generation_id == now]
                 for partition in dict.fromkeys(one.partition for one in messages):
                     mine = [one for one in messages if one.partition == partition]
-                    await self._work(worker, partition, mine)
+                    if worker.serves(partition):
+                        run = await self._without_gap(worker, partition, mine)
+                        await self._work(worker, partition, run)
         except Exception as error:  # noqa: BLE001 - it ends the process
             _log.error("transform_failed", transform=worker.transform.name, reason=repr(error))
             self._fail(error)
             await asyncio.Event().wait()
+
+    async def _without_gap(
+        self, worker: TransformWorker, number: int, messages: Sequence[Any]
+    ) -> list[Any]:
+        """The messages that follow the stored position and each other; goes back for a missing one.
+
+        When partitions are assigned Faust seeks to its own offset first, and what was fetched there
+        may come before what we seek to; that, it may then drop as old.
+        """
+        run: list[Any] = []
+        tp = TP(worker.transform.feed, number)
+        expected = worker.position(number) + 1
+        for one in messages:
+            if one.offset < expected:
+                continue
+            if one.offset > expected and not (run == [] and await self._begins(tp, one.offset)):
+                _log.info("transform_goes_back", topic=tp.topic, partition=number, to=expected)
+                await self._app.consumer.seek(tp, expected)
+                break
+            run.append(one)
+            expected = one.offset + 1
+        return run
+
+    async def _begins(self, tp: TP, offset: int) -> bool:
+        """Whether the log begins there, because the broker deleted what was before."""
+        earliest = await self._app.consumer.earliest_offsets(tp)
+        return offset <= earliest.get(tp, 0)
 
     async def _work(self, worker: TransformWorker, number: int, messages: Sequence[Any]) -> None:
         raw = raw_batch(worker.transform.feed, number, messages)

@@ -113,6 +113,10 @@ class TransformWorker:
         row = self._store.row(progress_key(partition))
         return -1 if row is None else row.sequence
 
+    def serves(self, partition: int) -> bool:
+        """Whether the partition is still ours, as far as is known."""
+        return partition not in self._lost
+
     def recovered(self) -> None:
         """Begin from the stored rows again: they were brought back, maybe of other partitions."""
         self._partitions = {}
@@ -126,7 +130,7 @@ class TransformWorker:
         number = raw.partition
         stored = self.position(number)
         raw = _behind(raw, stored)
-        if number in self._lost or not len(raw):
+        if not len(raw):
             return
         partition = await self._partition(number)
         batch = next(iter(await partition.intake.take([raw])), None)

@@ -1,0 +1,54 @@
+"""What Faust fetched from elsewhere than the stored position is not taken for what follows it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from faust.types import TP
+
+from services.features.transforms.stream import Stream
+
+FEED = TP("feed", 1)
+
+
+class Consumer:
+    """Notes where it is told to go on."""
+
+    def __init__(self, earliest: int) -> None:
+        self.earliest = earliest
+        self.sought: list[tuple[TP, int]] = []
+
+    async def seek(self, tp: TP, offset: int) -> None:
+        self.sought.append((tp, offset))
+
+    async def earliest_offsets(self, *tps: TP) -> dict[TP, int]:
+        return dict.fromkeys(tps, self.earliest)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "earliest", "run", "back"),
+    [
+        ([5, 6, 7], 0, [5, 6, 7], None),
+        ([3, 4, 5, 6], 0, [5, 6], None),  # stored already
+        ([8, 9], 0, [], 5),  # 5 to 7 were never given
+        ([5, 6, 9], 0, [5, 6], 7),
+        ([8, 9, 5, 6], 0, [], 5),  # fetched before the seek; 5 comes again after it
+        ([8, 9], 8, [8, 9], None),  # the broker deleted what was before
+        ([8, 10], 8, [8], 9),
+        ([], 0, [], None),
+    ],
+)
+async def test_only_what_follows_is_taken(
+    offsets: list[int], earliest: int, run: list[int], back: int | None
+) -> None:
+    consumer, stream = Consumer(earliest), object.__new__(Stream)
+    stream._app = SimpleNamespace(consumer=consumer)  # type: ignore[assignment]
+    worker: Any = SimpleNamespace(
+        transform=SimpleNamespace(feed=FEED.topic), position=lambda number: 4
+    )
+    messages = [SimpleNamespace(offset=offset) for offset in offsets]
+    taken = await stream._without_gap(worker, FEED.partition, messages)
+    assert [one.offset for one in taken] == run
+    assert consumer.sought == ([] if back is None else [(FEED, back)])

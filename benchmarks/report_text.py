@@ -167,30 +167,24 @@ aggregate nothing.
 
 MESH = """\
 The flights example, from raw events through features, predictions, reviews and drift to finalised
-invoices, two partitions a topic, all servers and services on the machine; `make demo`'s checks
-must pass. One run a size. The longer ones train a second model version on the way, while the replay
-waits. Processor time runs from ready to the end of the checks, so their recount is part of it. The
-run of 26 November shared the two cores with another job: seconds and rates would be better alone.
+invoices, and the lake's tables beside them; two partitions a topic, all servers and services on the
+machine; `make demo`'s checks must pass. One run a size. The longer ones train a second model version
+on the way, while the replay waits. Processor time runs from ready to the end of the checks, so their
+recount is part of it.
 
-Wanted: 5,000 predictions/s with invoices. Not met. `make demo` (three months, 80,789 predictions,
-the machine to itself, later that day, after the table below was measured): 2,956/s from the first
-event to the last finalised invoice, 8.1 s of training and the closing included. The processor time
-of all processes fell from 81-92 to 36 s for those months (`benchmarks.mesh_processes`, a busy
-machine); 5,000/s would leave it 32 s with both cores full all the time.
+Wanted: 5,000 predictions/s with invoices. Not met. `make demo` (three months, 80,789 predictions, the
+machine to itself, the same day): 3,472, 3,300 and 3,151/s in three runs, from the first event to the
+last finalised invoice, 7.1 to 7.7 s of training and the closing included. Both cores are full in
+most seconds of it, and no process has more than a fifth of them: about 40 s of processor time, of
+which features have 8 s, the lake's writer 6, Postgres 6, Kafka 6, ingest and the producer 4 each.
+5,000/s would leave 32 s with both cores full all the time.
 
 """
 
 PROFILES = """\
-py-spy at 150 samples a second while a service works off a full topic; a sample counts for the
-first part its stack fits. Boxes: orange Causemesh, blue Polars and NumPy, grey the rest.
-
-The pictures are from before Python's cycle collector was set by units of work and Kafka was read in
-blocks (ADR 10). Fetching, more than half of the time in features and billing then, was two thirds
-collector: it looked at every record of the unit again and again. Since then fetching takes 0.2
-microseconds a record and decoding 0.5 to 0.8; features as a whole 1.6 to 2.3 of processor time
-instead of 4.5 to 4.9, billing 2.0 instead of more than 3. In inference the largest part that is its
-own is sending predictions: causes and ids, encoding, and lz4, since then at its quick level. The
-model runs in Triton's process and is not in the picture.
+py-spy at 150 samples a second while a service works off a full topic, without its start; a sample
+counts for the first part its stack fits. Boxes: orange Causemesh, blue Polars and NumPy, grey the
+rest. The model runs in Triton's process and is not in the picture.
 
 """
 

@@ -16,7 +16,7 @@ from causemesh.bus.memory import MemoryBus, MemoryReader
 from causemesh.catalogue import DEADLETTERS, WATERMARK, Catalogue
 from causemesh.codec.decode import Decoder
 from causemesh.codec.registry import MemoryRegistry
-from causemesh.errors import Fatal
+from causemesh.errors import Gone
 from causemesh.lake.definitions import LakeDefinition, define_lake
 from causemesh.lake.upkeep import retain
 from causemesh.runner import Stage
@@ -262,7 +262,7 @@ class Trimmed(MemoryBus):
     def reader(self, after: Mapping[tuple[str, int], int]) -> MemoryReader:
         for source, at in after.items():
             if BEFORE_FIRST < at < self.begins.get(source, 0) - 1:
-                raise Fatal(f"the log of {source} no longer holds {at}")
+                raise Gone(f"the log of {source} no longer holds {at}")
         return super().reader(
             {source: max(at, self.begins.get(source, 0) - 1) for source, at in after.items()}
         )

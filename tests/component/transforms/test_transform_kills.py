@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import psutil
@@ -98,9 +100,20 @@ async def test_control_without_a_protection_the_same_kills_show(
         await right(world)
 
 
-async def replaced_while_paused(world: World, tmp_path: Path, arm: str = "") -> tuple[str, int]:
+async def older_rows(world: World) -> int:
+    """How many stored rows are behind a newer one of their key."""
+    newest: dict[bytes | None, int] = {}
+    older = 0
+    for _, key, row in await world.raw(world.transform.state):
+        older += row["sequence"] < newest.get(key, -1)
+        newest[key] = max(row["sequence"], newest.get(key, -1))
+    return older
+
+
+@asynccontextmanager
+async def replaced_while_paused(world: World, tmp_path: Path, arm: str = "") -> AsyncIterator[Path]:
     """A process stops between what it sent and its tables, another takes over and does all, the
-    first goes on; its log, and how many stored rows are behind a newer one of their key."""
+    first goes on, and writes this log."""
     rng, log = random.Random(9), tmp_path / "paused.log"
     await world.produce(steps(rng, COUNT))
     async with world.process(log, f"{Point.TRANSFORM_SENT}:pause:3", arm) as paused:
@@ -113,28 +126,24 @@ async def replaced_while_paused(world: World, tmp_path: Path, arm: str = "") -> 
             await world.produce(steps(rng, COUNT))
             await world.settled()
             paused.send_signal(signal.SIGCONT)
-            await asyncio.sleep(5.0)  # for what the first still has to do
-            await world.produce(steps(rng, COUNT))
-            await world.settled()
-            await right(world)
-    newest: dict[bytes | None, int] = {}
-    older = 0
-    for _, key, row in await world.raw(world.transform.state):
-        older += row["sequence"] < newest.get(key, -1)
-        newest[key] = max(row["sequence"], newest.get(key, -1))
-    return log.read_text(), older
+            yield log
 
 
 async def test_a_replaced_process_that_goes_on_stores_nothing(world: World, tmp_path: Path) -> None:
-    log, older = await replaced_while_paused(world, tmp_path)
-    assert "transform_replaced" in log
-    assert older == 0
+    async with replaced_while_paused(world, tmp_path) as log:
+        async with asyncio.timeout(60):
+            while "transform_replaced" not in log.read_text():  # noqa: ASYNC110 - polls a file
+                await asyncio.sleep(0.1)
+        await world.produce(steps(random.Random(10), COUNT))
+        await world.settled()
+        await right(world)
+    assert await older_rows(world) == 0
 
 
 async def test_control_without_the_fence_it_stores_what_is_over(
     world: World, tmp_path: Path
 ) -> None:
-    """Readers of the changelog take the higher position, so the tables are right even then."""
-    log, older = await replaced_while_paused(world, tmp_path, arm="fence")
-    assert "transform_replaced" not in log
-    assert older > 0
+    async with replaced_while_paused(world, tmp_path, arm="fence") as log, asyncio.timeout(60):
+        while not await older_rows(world):  # noqa: ASYNC110 - polls a topic
+            await asyncio.sleep(0.2)
+    assert "transform_replaced" not in log.read_text()

@@ -167,17 +167,17 @@ aggregate nothing.
 
 MESH = """\
 The flights example, from raw events through features, predictions, reviews and drift to finalised
-invoices, and the lake's tables beside them; two partitions a topic, all servers and services on the
-machine; `make demo`'s checks must pass. One run a size. The longer ones train a second model version
-on the way, while the replay waits. Processor time runs from ready to the end of the checks, so their
-recount is part of it.
+invoices, and the lake's tables beside them; two partitions a topic, all servers and services on
+the machine; `make demo`'s checks must pass. One run a size. The longer ones train a second model
+version on the way, while the replay waits. Processor time runs from ready to the end of the
+checks, so their recount is part of it.
 
-Wanted: 5,000 predictions/s with invoices. Not met. `make demo` (three months, 80,789 predictions, the
-machine to itself, the same day): 3,472, 3,300 and 3,151/s in three runs, from the first event to the
-last finalised invoice, 7.1 to 7.7 s of training and the closing included. Both cores are full in
-most seconds of it, and no process has more than a fifth of them: about 40 s of processor time, of
-which features have 8 s, the lake's writer 6, Postgres 6, Kafka 6, ingest and the producer 4 each.
-5,000/s would leave 32 s with both cores full all the time.
+Wanted: 5,000 predictions/s with invoices. Not met. `make demo` (three months, 80,789 predictions,
+the machine to itself, the same day): 3,472, 3,300 and 3,151/s in three runs, from the first event
+to the last finalised invoice, 7.1 to 7.7 s of training and the closing included. Both cores are
+full in most seconds of it, and no process has more than a fifth of them: about 40 s of processor
+time, of which features have 8 s, the lake's writer 6, Postgres 6, Kafka 6, ingest and the producer
+4 each. 5,000/s would leave 32 s with both cores full all the time.
 
 """
 

@@ -2,7 +2,8 @@
 
 Faust acks an event whose agent raised, commits offsets of events that are still at work when
 partitions move, and does so before the changelog is sure to be written. So nothing here rests on
-its offsets: reading goes on behind the position that is stored with the tables.
+its offsets: reading goes on behind the position that is stored with the tables. They are not even
+committed, for when partitions are assigned Faust fetches from its own offset first.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from causemesh.errors import Fatal, Retryable
 from services.features.transforms.rows import Row
 from services.features.transforms.worker import GROUP, TransformWorker, raw_batch
 
-_COMMIT_S = 2.0  # of offsets that show the lag and nothing else
 _STOP_S = 10.0
 _log = structlog.get_logger(__name__)
 Unpack = Callable[[bytes], Row]
@@ -71,8 +71,29 @@ class Rows(faust.Table[bytes, Row]):
                 self.put(event.message.partition, key, row)
 
 
+class _ReadOffsets(dict[TP, Any]):
+    """How far Faust believes to have read; of a feed it knows nothing, and so drops nothing.
+
+    It takes what comes from before for old, also where reading has gone back.
+    """
+
+    def __init__(self, is_feed: Callable[[TP], bool]) -> None:
+        super().__init__()
+        self._is_feed = is_feed
+
+    def __getitem__(self, tp: TP) -> Any:
+        return None if self._is_feed(tp) else self.get(tp)
+
+
 class _Consumer(KafkaConsumer):
     """Goes on behind stored positions, whatever the group's offsets say."""
+
+    def __init__(self, *given: Any, **settings: Any) -> None:
+        super().__init__(*given, **settings)
+        app: Any = self.app
+        self._read_offset: Any = _ReadOffsets(
+            lambda tp: app.position_of(tp.topic, tp.partition) is not None
+        )
 
     async def perform_seek(self) -> None:
         """See Faust's."""
@@ -83,6 +104,15 @@ class _Consumer(KafkaConsumer):
             if position is not None:
                 await self.seek(tp, position + 1)
                 self._committed_offset[tp] = position + 1 or None
+
+    async def _seek(self, partition: TP, offset: int) -> None:
+        """In the thread that fetches: from another one it would take records out of its hands."""
+        thread: Any = self._thread
+        await thread.call_thread(thread.seek, partition, offset)
+
+    async def _commit(self, offsets: Mapping[TP, int]) -> bool:
+        """Faust may note them as committed; nobody reads them."""
+        return True
 
 
 class _Transport(KafkaTransport):
@@ -128,7 +158,6 @@ class Stream:
             reply_create_topic=False,
             table_standby_replicas=0,
             consumer_auto_offset_reset="earliest",
-            broker_commit_interval=_COMMIT_S,
             broker_session_timeout=session_timeout_s,
             broker_heartbeat_interval=session_timeout_s / 3,
         )
@@ -223,20 +252,20 @@ class Stream:
                 for partition in dict.fromkeys(one.partition for one in messages):
                     mine = [one for one in messages if one.partition == partition]
                     if worker.serves(partition):
-                        run = await self._without_gap(worker, partition, mine)
+                        run = await self._following(worker, partition, mine)
                         await self._work(worker, partition, run)
         except Exception as error:  # noqa: BLE001 - it ends the process
             _log.error("transform_failed", transform=worker.transform.name, reason=repr(error))
             self._fail(error)
             await asyncio.Event().wait()
 
-    async def _without_gap(
+    async def _following(
         self, worker: TransformWorker, number: int, messages: Sequence[Any]
     ) -> list[Any]:
-        """The messages that follow the stored position and each other; goes back for a missing one.
+        """The messages behind the stored position, each behind the one before it.
 
-        When partitions are assigned Faust seeks to its own offset first, and what was fetched there
-        may come before what we seek to; that, it may then drop as old.
+        What was fetched while partitions moved may be lost on its way to here: then reading goes
+        back, and the messages come again.
         """
         run: list[Any] = []
         tp = TP(worker.transform.feed, number)
@@ -244,7 +273,7 @@ class Stream:
         for one in messages:
             if one.offset < expected:
                 continue
-            if one.offset > expected and not (run == [] and await self._begins(tp, one.offset)):
+            if one.offset > expected and (run or not await self._begins(tp, one.offset)):
                 _log.info("transform_goes_back", topic=tp.topic, partition=number, to=expected)
                 await self._app.consumer.seek(tp, expected)
                 break

@@ -15,11 +15,18 @@ if "services.features.transforms.app" in sys.orig_argv:
     async def _ours(*_: object) -> bool:
         return True
 
-    stream._COMMIT_S = 0.1  # Faust's own offsets run ahead of the tables that much sooner
+    class _Soon(stream.TransformApp):
+        """Its own offsets run ahead of the tables sooner."""
+
+        def __init__(self, *given: object, **settings: object) -> None:
+            super().__init__(*given, broker_commit_interval=0.1, **settings)
+
     if os.environ["CAUSEMESH_TEST_ARM"] == "marks":
         Row.seen = lambda self, source, mark: False  # type: ignore[method-assign]
     if os.environ["CAUSEMESH_TEST_ARM"] == "fence":
         TransformWorker._still_ours = _ours  # type: ignore[method-assign]
     if os.environ["CAUSEMESH_TEST_ARM"] == "positions":
+        stream.TransformApp = _Soon  # type: ignore[misc]
         del stream._Consumer.perform_seek
-        stream.Stream._without_gap = _as_given  # type: ignore[method-assign]
+        del stream._Consumer._commit
+        stream.Stream._following = _as_given  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""What Faust fetched from elsewhere than the stored position is not taken for what follows it."""
+"""What does not follow the stored position is not taken for what follows it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from faust.types import TP
 
-from services.features.transforms.stream import Stream
+from services.features.transforms.stream import Stream, _ReadOffsets
 
 FEED = TP("feed", 1)
 
@@ -32,6 +32,7 @@ class Consumer:
     [
         ([5, 6, 7], 0, [5, 6, 7], None),
         ([3, 4, 5, 6], 0, [5, 6], None),  # stored already
+        ([5, 6, 5, 6, 7], 0, [5, 6, 7], None),  # fetched again
         ([8, 9], 0, [], 5),  # 5 to 7 were never given
         ([5, 6, 9], 0, [5, 6], 7),
         ([8, 9, 5, 6], 0, [], 5),  # fetched before the seek; 5 comes again after it
@@ -49,6 +50,14 @@ async def test_only_what_follows_is_taken(
         transform=SimpleNamespace(feed=FEED.topic), position=lambda number: 4
     )
     messages = [SimpleNamespace(offset=offset) for offset in offsets]
-    taken = await stream._without_gap(worker, FEED.partition, messages)
+    taken = await stream._following(worker, FEED.partition, messages)
     assert [one.offset for one in taken] == run
     assert consumer.sought == ([] if back is None else [(FEED, back)])
+
+
+def test_faust_does_not_know_how_far_a_feed_was_read() -> None:
+    """It would drop what comes again after reading went back."""
+    read = _ReadOffsets(lambda tp: tp.topic == FEED.topic)
+    changelog = TP("changelog", 0)
+    read[FEED] = read[changelog] = 7
+    assert (read[FEED], read[changelog], read[TP("changelog", 1)]) == (None, 7, None)

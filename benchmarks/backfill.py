@@ -52,9 +52,9 @@ from causemesh.lake.settings import LakeSettings
 from causemesh.lake.tables import ensure, write
 from examples.flights.dataset import load
 from services.features.backfill.filling import Order
-from services.features.backfill.history import History
 from services.features.backfill.lake_past import LakePast, past_in
 from services.features.backfill.log_past import LogPast
+from services.features.backfill.pasts import Pasts
 from services.features.domain.definitions import FeatureView
 from services.features.domain.parsing import parse_views
 from services.features.plan import source_numbers
@@ -157,7 +157,7 @@ class Year:
     async def backfilled(self, views: Sequence[FeatureView], lake: bool) -> int:
         """Compute all pasts; returns how many events went into all states."""
         log = LogPast(self.bus, self.catalogue, Decoder(self.registry))
-        history = History(self.catalogue, log, self.find if lake else None)
+        history = Pasts(self.catalogue, log, self.find if lake else None)
         events = 0
         for topic in sorted({f"events.{view.event_type}" for view in views}):
             orders = [

@@ -10,8 +10,8 @@ from causemesh.log import LogReader
 from causemesh.runner import Limits, Stage
 from causemesh.service import open_service, run_process
 from services.features.api import Sources, routes
-from services.features.backfill.history import History as Pasts
 from services.features.backfill.log_past import LogPast
+from services.features.backfill.pasts import Pasts
 from services.features.backfill.running import Backfiller, lake_of
 from services.features.domain.feature_store import FeatureStore
 from services.features.domain.parsing import parse_views

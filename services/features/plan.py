@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import polars as pl
 
-from causemesh.catalogue import Catalogue
+from causemesh.catalogue import Catalogue, Topic
+from causemesh.codec.columns import frame_schema
 from causemesh.runner import Batch
 from services.features.domain.definitions import FeatureView
 from services.features.domain.transforms import Transforms
@@ -65,3 +66,46 @@ def event_frame(batch: Batch, source: int) -> pl.DataFrame:
             pl.Series("position", batch.positions),
         ]
     )
+
+
+LAKE_PLACE = ("_partition", "_position")
+"""The columns of a row in the lake that say where in the log it lay."""
+
+
+def lake_frame(
+    topic: Topic,
+    rows: pl.DataFrame,
+    columns: Collection[str],
+    source_number: Callable[[str, int], int],
+) -> pl.DataFrame:
+    """The same of the rows of a topic's table in the lake, of which these columns are wanted."""
+    numbers = np.array([source_number(topic.name, k) for k in range(topic.partitions)])
+    placed = [
+        rows["occurred_at"].cast(pl.Int64).alias("occurred_at_us"),
+        pl.Series("source", numbers[rows["_partition"].to_numpy()], dtype=pl.Int64),
+        rows["_position"].alias("position"),
+    ]
+    return pl.DataFrame([*as_decoded(topic, rows, columns), *placed])
+
+
+def as_decoded(topic: Topic, rows: pl.DataFrame, columns: Collection[str]) -> list[pl.Series]:
+    """Columns of the lake as the codec decodes them with the record as it is declared now.
+
+    A row written before a field was added has null in it, where a reader of the log finds the
+    field's default.
+    """
+    types = frame_schema(topic.record)
+    made = []
+    for one in topic.record["fields"]:
+        name = one["name"]
+        if name not in columns:
+            continue
+        if name in rows.columns:
+            column = rows[name].cast(types[name])
+        else:
+            column = pl.repeat(None, rows.height, dtype=types[name], eager=True).alias(name)
+        default = one.get("default")
+        if default is not None and not isinstance(one["type"], list) and column.null_count():
+            column = column.fill_null(default)
+        made.append(column)
+    return made

@@ -12,12 +12,11 @@ from causemesh.bus.partitioner import partitions_of
 from services.features.domain.corrections import reach_us
 from services.features.domain.definitions import FeatureView
 from services.features.domain.engine import ViewState
-from services.features.domain.events import Ints, ViewEvents, readable_events
+from services.features.domain.events import Ints, ViewEvents, event_columns, readable_events
 from services.features.rekeying import routing_keys
 
 SourceNumber = Callable[[str, int], int]
 """The number of (topic, partition) that breaks ties between events."""
-_ENVELOPE = frozenset({"tenant_id", "occurred_at"})
 
 
 @dataclass(frozen=True)
@@ -72,13 +71,6 @@ def needed_from_us(view: FeatureView, until_us: int) -> int | None:
     return min(seen) - (reach_us(view) if view.corrects or view.retracts else 0)
 
 
-def columns_of(view: FeatureView) -> frozenset[str]:
-    """The columns of an event that reading it for the view needs."""
-    texts = [*(column.expression for column in view.columns), *filter(None, [view.filter])]
-    read = {name for text in texts for name in pl.sql_expr(text).meta.root_names()}
-    return frozenset(read | _ENVELOPE | set(view.entity))
-
-
 class Filling:
     """The state of one past while its events come, in any order, each once."""
 
@@ -86,7 +78,7 @@ class Filling:
         self.order = order
         self._cuts = {source_number(order.topic, k): at for k, at in order.cuts.items()}
         self._state = ViewState(order.view)
-        self._ahead = [_none(order.view)]
+        self._ahead = [ViewEvents.none(order.view)]
         self._events = 0
         self.unfit = 0
 
@@ -115,7 +107,7 @@ class Filling:
 
     def made(self, complete_from_us: int | None) -> Made:
         """What has come of it."""
-        ahead = _concatenated(self._ahead)
+        ahead = ViewEvents.concatenate(self._ahead)
         return Made(self._state, ahead, self._events, self.unfit, complete_from_us)
 
 
@@ -160,7 +152,7 @@ class TopicPass:
     @property
     def columns(self) -> frozenset[str]:
         """The columns that a frame must have."""
-        return frozenset[str]().union(*map(columns_of, self._views.values()))
+        return frozenset[str]().union(*map(event_columns, self._views.values()))
 
     @property
     def from_us(self) -> int | None:
@@ -203,19 +195,3 @@ class TopicPass:
                 lacking = [min(at, filling.order.until_us) for at in lacking]
             found.append(filling.made(max(lacking, default=None)))
         return found
-
-
-def _none(view: FeatureView) -> ViewEvents:
-    empty = np.empty(0, np.int64)
-    values = np.empty((len(view.columns), 0), np.int64)
-    return ViewEvents(pl.Series("entity", [], dtype=pl.String), empty, empty, empty, values)
-
-
-def _concatenated(parts: Sequence[ViewEvents]) -> ViewEvents:
-    return ViewEvents(
-        pl.concat([part.entity.rename("entity") for part in parts]),
-        np.concatenate([part.occurred_at_us for part in parts]),
-        np.concatenate([part.source for part in parts]),
-        np.concatenate([part.position for part in parts]),
-        np.concatenate([part.values for part in parts], axis=1),
-    )

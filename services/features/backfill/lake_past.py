@@ -7,24 +7,22 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 
-import numpy as np
 import polars as pl
 from pyiceberg.manifest import DataFile
 from pyiceberg.table import Table
 
 from causemesh.catalogue import Topic
-from causemesh.codec.columns import frame_schema
 from causemesh.lake.opening import away
 from causemesh.lake.progress import TableProgress, progress_of
 from causemesh.lake.reading import Lake, Selection
 from causemesh.lake.tables import load
 from causemesh.lake.upkeep import horizon
 from services.features.backfill.filling import SourceNumber
+from services.features.plan import LAKE_PLACE, lake_frame
 
 _DAY_US = 86_400_000_000
 _ROWS = 500_000  # read at once, or the rows of one day
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_PLACE = ("_partition", "_position")
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ class LakePast:
     def frames(self, columns: Collection[str], from_us: int | None) -> Iterator[pl.DataFrame]:
         """The rows since `from_us` as the engine reads events, in no order."""
         there = {field.name for field in self.table.schema().fields}
-        names = (*sorted(there.intersection(columns)), *_PLACE)
+        names = (*sorted(there.intersection(columns)), *LAKE_PLACE)
         now = self.table.current_snapshot()
         for first, last in self._stretches(from_us):
             since_us = first * _DAY_US if from_us is None else max(first * _DAY_US, from_us)
@@ -85,7 +83,7 @@ class LakePast:
                 assert now is not None, "there are files"
                 chosen = Selection(self.table, now.snapshot_id, None, *bounds, names)
                 rows = chosen.lazy().collect()
-            yield self._frame(rows, columns)
+            yield lake_frame(self.topic, rows, columns, self.source_number)
 
     def _stretches(self, from_us: int | None) -> Iterator[tuple[int, int]]:
         """First and last days of stretches that are read at once."""
@@ -99,16 +97,6 @@ class LakePast:
             if rows >= _ROWS or day == days[-1]:
                 yield first, day
                 first, rows = None, 0
-
-    def _frame(self, rows: pl.DataFrame, columns: Collection[str]) -> pl.DataFrame:
-        partitions = self.topic.partitions
-        numbers = np.array([self.source_number(self.topic.name, k) for k in range(partitions)])
-        placed = [
-            rows["occurred_at"].cast(pl.Int64).alias("occurred_at_us"),
-            pl.Series("source", numbers[rows["_partition"].to_numpy()], dtype=pl.Int64),
-            rows["_position"].alias("position"),
-        ]
-        return pl.DataFrame([*as_decoded(self.topic, rows, columns), *placed])
 
 
 def _instant(at_us: int) -> datetime | None:
@@ -129,29 +117,6 @@ def _earliest_us(file: DataFile, number: int) -> int:
     if told is None:
         return _day(file) * _DAY_US
     return int.from_bytes(told, "little", signed=True)
-
-
-def as_decoded(topic: Topic, rows: pl.DataFrame, columns: Collection[str]) -> list[pl.Series]:
-    """Columns of the lake as the codec decodes them with the record as it is declared now.
-
-    A row written before a field was added has null in it, where a reader of the log finds the
-    field's default.
-    """
-    types = frame_schema(topic.record)
-    made = []
-    for field in topic.record["fields"]:
-        name = field["name"]
-        if name not in columns:
-            continue
-        if name in rows.columns:
-            column = rows[name].cast(types[name])
-        else:
-            column = pl.repeat(None, rows.height, dtype=types[name], eager=True).alias(name)
-        default = field.get("default")
-        if default is not None and not isinstance(field["type"], list) and column.null_count():
-            column = column.fill_null(default)
-        made.append(column)
-    return made
 
 
 def past_in(lake: Lake, topic: Topic, source_number: SourceNumber) -> LakePast | None:

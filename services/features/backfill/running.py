@@ -21,7 +21,7 @@ from causemesh.lake.definitions import LAKE_FILE
 from causemesh.lake.settings import LakeSettings, catalog_on
 from services.features.backfill.book import Backfills
 from services.features.backfill.filling import Made, Order
-from services.features.backfill.history import FindPast, Tell
+from services.features.backfill.pasts import FindPast, Tell
 from services.features.domain.state import PartitionState
 from services.features.plan import source_numbers
 
@@ -31,7 +31,7 @@ _AFTER_S = 10.0  # what failed for an unknown reason is tried again so much late
 
 
 class Computes(Protocol):
-    """What makes pasts (`History` does)."""
+    """What makes pasts (`Pasts` does)."""
 
     async def compute(self, orders: Sequence[Order], tell: Tell) -> list[Made]:
         """The pasts that are ordered, all of one event topic. Raises Retryable."""

@@ -54,6 +54,24 @@ class ViewEvents:
     def __len__(self) -> int:
         return len(self.occurred_at_us)
 
+    @staticmethod
+    def none(view: FeatureView) -> ViewEvents:
+        """No event of a view."""
+        empty = np.empty(0, np.int64)
+        values = np.empty((len(view.columns), 0), np.int64)
+        return ViewEvents(pl.Series("entity", [], dtype=pl.String), empty, empty, empty, values)
+
+    @staticmethod
+    def concatenate(parts: Sequence[ViewEvents]) -> ViewEvents:
+        """The events of one or more parts, in their order."""
+        return ViewEvents(
+            pl.concat([part.entity.rename("entity") for part in parts]),
+            np.concatenate([part.occurred_at_us for part in parts]),
+            np.concatenate([part.source for part in parts]),
+            np.concatenate([part.position for part in parts]),
+            np.concatenate([part.values for part in parts], axis=1),
+        )
+
     def take(self, chosen: Ints) -> ViewEvents:
         """The chosen events, in the order chosen."""
         return ViewEvents(
@@ -88,6 +106,13 @@ class ViewEvents:
             int64(frame, "position"),
             np.array(values, np.int64).reshape(len(view.columns), frame.height),
         )
+
+
+def event_columns(view: FeatureView) -> tuple[str, ...]:
+    """The columns of an event that reading it for the view needs, each once."""
+    texts = [*(column.expression for column in view.columns), *filter(None, [view.filter])]
+    read = [name for text in texts for name in pl.sql_expr(text).meta.root_names()]
+    return tuple(dict.fromkeys(["tenant_id", "occurred_at", *view.entity, *read]))
 
 
 def read_events(view: FeatureView, frame: pl.DataFrame) -> ViewEvents:

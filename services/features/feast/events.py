@@ -10,7 +10,8 @@ import polars as pl
 from causemesh.catalogue import Catalogue
 from causemesh.lake.reading import Lake
 from services.features.domain.definitions import FeatureView
-from services.features.plan import source_numbers
+from services.features.domain.events import event_columns
+from services.features.plan import LAKE_PLACE, lake_frame, source_numbers
 
 
 def view_events(
@@ -20,7 +21,7 @@ def view_events(
     since: datetime | None,
     until: datetime | None,
 ) -> Iterator[pl.DataFrame]:
-    """Frames as `read_events` takes them, from one snapshot of the event's table.
+    """Frames as `readable_events` takes them, from one snapshot of the event's table.
 
     Raises Misdeclared when nothing was written to it yet.
     """
@@ -30,25 +31,25 @@ def view_events(
     first, last = chosen.lazy().select(within.min(), last=within.max()).collect().row(0)
     if first is None:
         return
+    declared, columns = catalogue.topic(topic), event_columns(view)
+    there = {field.name for field in chosen.table.schema().fields}
+    known = [*there.intersection(columns), *LAKE_PLACE]
     number = source_numbers(catalogue)
-    numbers = {one: number(topic, one) for one in range(catalogue.topic(topic).partitions)}
     day = datetime(first.year, first.month, first.day, tzinfo=UTC)
     while day <= last:
         following = day + timedelta(days=1)
-        frame = (
+        rows = (
             lake.select(
                 topic,
                 since=max(day, chosen.since or day),
                 until=min(following, chosen.until or following),
                 snapshot_id=chosen.snapshot_id,
+                columns=known,
             )
             .lazy()
             .collect()
         )
-        if frame.height:
-            yield frame.with_columns(
-                occurred_at_us=within.cast(pl.Datetime("us", "UTC")).to_physical(),
-                source=pl.col("_partition").replace_strict(numbers, return_dtype=pl.Int64),
-                position=pl.col("_position"),
-            ).sort("occurred_at_us", "source", "position")
+        if rows.height:
+            events = lake_frame(declared, rows, columns, number)
+            yield events.sort("occurred_at_us", "source", "position")
         day = following

@@ -10,7 +10,7 @@ import polars as pl
 from causemesh.errors import Misdeclared
 from services.features.domain.definitions import FeatureView
 from services.features.domain.engine import ViewState
-from services.features.domain.events import SEPARATOR, Ints, ViewEvents, read_events
+from services.features.domain.events import SEPARATOR, ViewEvents, readable_events
 from services.features.domain.vectors import Vectors, row_bytes
 
 TIMESTAMP = "event_timestamp"
@@ -26,8 +26,8 @@ def vector_history(
 ) -> Iterator[pl.DataFrame]:
     """The vectors of all entities at the whole multiples of `every_us`, where they changed.
 
-    `events` come in order of event time, as frames that `read_events` takes. A row at T says what
-    the events before T say; an entity without a row at T has the vector of its newest row before.
+    `events` come in order of event time, as `readable_events` takes them. A row at T says what the
+    events before T say; an entity without a row at T has the vector of its newest row before.
     So for any such multiple T, the newest row up to T is the answer as of T, bit for bit. The rows
     go on after the last event until no answer changes any more; ages change until the view's
     retention, and a view of ages without one raises Misdeclared.
@@ -58,7 +58,7 @@ def vector_history(
 def _by_time(view: FeatureView, events: Iterable[pl.DataFrame]) -> Iterator[ViewEvents]:
     newest_us: int | None = None
     for frame in events:
-        part = read_events(view, frame)
+        part, _ = readable_events(view, frame)  # what the view can't take it never had
         if not len(part):
             continue
         part = part.take(np.argsort(part.occurred_at_us, kind="stable"))
@@ -101,17 +101,11 @@ class _History:
             if self._told.get(key) != vector
         ]
         self._told.update((keys[at], vectors[at]) for at in news)
-        state.apply(_no_events(self._view), as_of_us)
+        state.apply(ViewEvents.none(self._view), as_of_us)
         if state.evict(as_of_us):
             self._told = {key: self._told[key] for key in state.index.keys}
         found = np.array(news, np.int64)
         return _frame(self._view, [keys[at] for at in news], as_of_us, matrix[found])
-
-
-def _no_events(view: FeatureView) -> ViewEvents:
-    none: Ints = np.empty(0, np.int64)
-    values = np.empty((len(view.columns), 0), np.int64)
-    return ViewEvents(pl.Series([], dtype=pl.String), none, none, none, values)
 
 
 def _frame(view: FeatureView, keys: list[str], as_of_us: int, matrix: Vectors) -> pl.DataFrame:

@@ -8,7 +8,6 @@ topic.)
 
 from __future__ import annotations
 
-import numpy as np
 import polars as pl
 
 from services.features.domain.definitions import FeatureView
@@ -28,14 +27,7 @@ def missed_events(view: FeatureView, records: pl.DataFrame) -> ViewEvents:
         .with_columns(causes.field(name).alias(f"cause.{name}") for name in _PLACE)
         .unique([f"cause.{name}" for name in _PLACE], maintain_order=True)
     )
-    return unpacked(view, mine, 0) if mine.height else no_events(view)
-
-
-def no_events(view: FeatureView) -> ViewEvents:
-    """No event of a view."""
-    none = np.empty(0, np.int64)
-    values = np.empty((len(view.columns), 0), np.int64)
-    return ViewEvents(pl.Series([], dtype=pl.String), none, none, none, values)
+    return unpacked(view, mine, 0) if mine.height else ViewEvents.none(view)
 
 
 def without(view: FeatureView, events: ViewEvents, missed: ViewEvents) -> ViewEvents:

@@ -6,12 +6,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
-from typing import Any
 
-import numpy as np
 import polars as pl
 
-from causemesh.catalogue import Catalogue
+from causemesh.catalogue import Catalogue, Topic
 from causemesh.codec.columns import frame_schema
 from causemesh.errors import Misdeclared
 from causemesh.lake.opening import away
@@ -19,18 +17,16 @@ from causemesh.lake.progress import progress_of
 from causemesh.lake.reading import Lake, Selection
 from services.features.domain.corrections import reach_us
 from services.features.domain.definitions import FeatureView
-from services.features.domain.events import ViewEvents, readable_events
+from services.features.domain.events import ViewEvents, event_columns, readable_events
 from services.features.lateness import LATE
 from services.features.offline.corrections import takes_corrections
-from services.features.offline.late import COLUMNS, missed_events, no_events, without
-from services.features.plan import source_numbers
+from services.features.offline.late import COLUMNS, missed_events, without
+from services.features.plan import LAKE_PLACE, lake_frame, source_numbers
 
 Told = Callable[[str], None]
 """Hears of progress."""
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _TOGETHER = 1_000_000
-_ENVELOPE = ("tenant_id", "occurred_at")
-_PLACE = ("_partition", "_position")
 
 
 @dataclass(frozen=True)
@@ -95,20 +91,15 @@ class LakeEvents:
 
     def _of_type(self, event_type: str, wanted: Sequence[Wanted]) -> list[ViewEvents]:
         topic = self.catalogue.topic(f"events.{event_type}")
-        schema = frame_schema(topic.record)
-        columns = _columns([one.view for one in wanted], schema)
-        source = source_numbers(self.catalogue)(topic.name, 0)
-        found: list[list[ViewEvents]] = [[] for _ in wanted]
-        for frame in self._frames(topic.name, [*columns, *_PLACE], wanted):
-            events = _as_decoded(frame, topic.record, columns).with_columns(
-                pl.col("occurred_at").to_physical().alias("occurred_at_us"),
-                (pl.col("_partition").cast(pl.Int64) + source).alias("source"),
-                pl.col("_position").alias("position"),
-            )
+        columns = _columns([one.view for one in wanted], topic)
+        number = source_numbers(self.catalogue)
+        found = [[ViewEvents.none(one.view)] for one in wanted]
+        for rows in self._frames(topic.name, [*columns, *LAKE_PLACE], wanted):
+            events = lake_frame(topic, rows, columns, number)
             for parts, one in zip(found, wanted, strict=True):
                 seen, _ = readable_events(one.view, events)  # what it can't take it never had
                 parts.append(one.of(seen))
-        return [_together(one.view, parts) for one, parts in zip(wanted, found, strict=True)]
+        return [ViewEvents.concatenate(parts) for parts in found]
 
     def _frames(
         self, topic: str, columns: Sequence[str], wanted: Sequence[Wanted]
@@ -163,21 +154,6 @@ def _reach(wanted: Sequence[Wanted]) -> tuple[datetime | None, datetime | None]:
     return instant(first_us), instant(max(one.last_us for one in wanted))
 
 
-def _as_decoded(
-    frame: pl.DataFrame, record: Mapping[str, Any], columns: Sequence[str]
-) -> pl.DataFrame:
-    """The columns as a decoder gives them: a field that came after a row has its default there."""
-    schema = frame_schema(record)
-    missing = [name for name in columns if name not in frame.columns]
-    frame = frame.with_columns(pl.lit(None).alias(name) for name in missing)
-    filled = [
-        pl.col(field["name"]).fill_null(field["default"])
-        for field in record["fields"]
-        if field["name"] in columns and field.get("default") is not None
-    ]
-    return frame.cast({name: schema[name] for name in columns}).with_columns(filled)
-
-
 def _parts(chosen: Selection) -> Iterator[Selection]:
     """The same selection in runs of days, each of about as many records."""
     if chosen.snapshot_id is None:
@@ -208,30 +184,16 @@ def _cuts(records: Mapping[int, int]) -> list[datetime]:
     return cuts
 
 
-def _columns(views: Iterable[FeatureView], schema: pl.Schema) -> list[str]:
-    """What the views read of an event, by name. Raises Misdeclared for what it does not have."""
-    names: dict[str, None] = dict.fromkeys(_ENVELOPE)
+def _columns(views: Iterable[FeatureView], topic: Topic) -> list[str]:
+    """What the views read of an event. Raises Misdeclared for what it does not have."""
+    known = {field["name"] for field in topic.record["fields"]}
+    names: dict[str, None] = {}
     for view in views:
-        names |= dict.fromkeys(view.entity)
-        for text in [*(one.expression for one in view.columns), view.filter]:
-            if text is not None:
-                names |= dict.fromkeys(pl.sql_expr(text).meta.root_names())
-        unknown = [name for name in names if name not in schema]
+        unknown = [name for name in event_columns(view) if name not in known]
         if unknown:
             raise Misdeclared(f"view {view.name!r}: {view.event_type} has no column {unknown[0]!r}")
+        names |= dict.fromkeys(event_columns(view))
     return list(names)
-
-
-def _together(view: FeatureView, parts: Sequence[ViewEvents]) -> ViewEvents:
-    if not parts:
-        return no_events(view)
-    return ViewEvents(
-        pl.concat([part.entity for part in parts]),
-        np.concatenate([part.occurred_at_us for part in parts]),
-        np.concatenate([part.source for part in parts]),
-        np.concatenate([part.position for part in parts]),
-        np.concatenate([part.values for part in parts], axis=1),
-    )
 
 
 def instant(at_us: int | None) -> datetime | None:

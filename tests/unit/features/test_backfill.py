@@ -21,8 +21,8 @@ from causemesh.runner import NEVER, Batch
 from causemesh.runner.marks import HighWaterMarks
 from services.features.backfill.book import Backfills
 from services.features.backfill.filling import Filling, Made, Order, TopicPass, needed_from_us
-from services.features.backfill.history import Tell, complete_from
 from services.features.backfill.log_past import Beginning
+from services.features.backfill.pasts import Tell, complete_from
 from services.features.backfill.running import Backfiller
 from services.features.domain import parts
 from services.features.domain.parsing import parse_views
@@ -124,7 +124,7 @@ class Log:
 
 
 class Computed:
-    """Pasts straight from the log's rows, as History makes them from the lake and the log."""
+    """Pasts straight from the log's rows, as `Pasts` makes them from the lake and the log."""
 
     def __init__(self, log: Log) -> None:
         self._log = log

@@ -261,3 +261,13 @@ def test_the_command_writes_a_features_yaml(tmp_path: Path) -> None:
     assert "STRING is no number" in done.output
     wrong = CliRunner().invoke(app, [*told[:-1], "changes"])
     assert isinstance(wrong.exception, Misdeclared)
+
+
+def test_what_a_view_can_not_take_is_left_out() -> None:
+    view = make_view(retention_us=35)
+    good, bad = Event("a", 3, 0, 0, (1.0, 1.0)), Event("a", 4, 0, 1, (math.inf, 1.0))
+    both, one = (
+        pl.concat(vector_history(view, [frame_of(view, events)], TILE))
+        for events in ([good, bad], [good])
+    )
+    assert both.equals(one)

@@ -103,7 +103,7 @@ class _Lake:
         return np.asarray(np.isin(positions, held))
 
 
-class History:
+class Pasts:
     """See the module's docstring."""
 
     def __init__(

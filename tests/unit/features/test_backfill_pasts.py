@@ -21,13 +21,13 @@ from causemesh.lake.definitions import LakeDefinition, define_lake
 from causemesh.lake.upkeep import retain
 from causemesh.runner import Stage
 from services.features.backfill.filling import Made, Order, TopicPass
-from services.features.backfill.history import History
-from services.features.backfill.lake_past import LakePast, as_decoded, past_in
+from services.features.backfill.lake_past import LakePast, past_in
 from services.features.backfill.log_past import LogPast
+from services.features.backfill.pasts import Pasts
 from services.features.domain.parsing import parse_views
 from services.features.lake.store import FlushLimits, LakeStore
 from services.features.lake.wiring import groups_of
-from services.features.plan import REQUESTS, event_frame, source_numbers
+from services.features.plan import REQUESTS, as_decoded, event_frame, source_numbers
 from tests.unit.lake.mesh import DAY_US, PARTITIONS, START_US, LakeMesh, instants, lake_settings
 
 PROJECT = Path(__file__).parents[3] / "tests" / "project"
@@ -116,7 +116,7 @@ class Readings(LakeMesh):
         return [Order(SHARED, 0, cuts, until_us), *moved, Order(WINDOWED, 0, cuts, until_us)]
 
     async def compute(self, until_us: int, *, lake: bool = True) -> list[Made]:
-        history = History(self.catalogue, self.log(), self.find if lake else None)
+        history = Pasts(self.catalogue, self.log(), self.find if lake else None)
         return await history.compute(await self.orders(until_us), self.percent.append)
 
 
@@ -225,7 +225,7 @@ async def test_control_what_both_hold_of_it_would_count_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "services.features.backfill.history._Lake.holds",
+        "services.features.backfill.pasts._Lake.holds",
         lambda _, source, positions: np.zeros(len(positions), np.bool_),
     )
     pasts, want = await retired(tmp_path)

@@ -14,6 +14,8 @@ from causemesh.errors import Fatal, Fenced, Retryable
 from causemesh.runner.worker import PartitionWorker
 
 _REPORT_S = 2.0
+_FENCED_S = 2.0  # longer than a process takes to hear that a partition is no longer its own
+_LOOK_S = 0.05
 _log = structlog.get_logger(__name__)
 
 
@@ -21,8 +23,10 @@ class Runner:
     """Follows the group's assignments for one stage.
 
     `make_worker(partition)` builds a fresh worker. A worker that raises Retryable is started again,
-    from the stored position, after its wait; Fenced ends it, another process owns the partition;
-    Fatal ends the runner with that error. `restarts` bounds the Fatal errors in a row that are
+    from the stored position, after its wait. Fenced means that another process claimed the
+    partition: the group's next assignment says so, and until one does the worker is started again
+    too, since the other may have claimed what was no longer its own. Fatal ends the runner with
+    that error. `restarts` bounds the Fatal errors in a row that are
     taken for passing ones.
     """
 
@@ -90,32 +94,37 @@ class Runner:
             await asyncio.wait(leaving.values())
         self._reap()
         for number in partitions - self._tasks.keys():
-            self._tasks[number] = asyncio.create_task(self._keep_running(number))
+            # Made here, not in the task: it can be told to stop before the task's first step.
+            worker = self.workers[number] = self._make_worker(number)
+            self._tasks[number] = asyncio.create_task(self._keep_running(number, worker))
 
-    async def _keep_running(self, partition: int) -> None:
+    async def _keep_running(self, partition: int, worker: PartitionWorker) -> None:
         failures = 0
-        while True:
-            worker = self.workers[partition] = self._make_worker(partition)
+        while not worker.stopping:
             log = _log.bind(group=worker.stage.group, partition=partition)
             try:
                 await worker.run()
                 return
             except Fenced as error:
                 log.info("worker_fenced", reason=str(error))
-                return
+                await self._rest(worker, _FENCED_S)
             except Retryable as error:
-                if worker.stopping:
-                    return
                 log.warning("worker_restarts", reason=str(error))
-                await self._clock.sleep(error.retry_after)
+                await self._rest(worker, error.retry_after)
             except Fatal as error:
                 failures = failures + 1 if not worker.committed else 1
                 log.error("worker_failed", reason=str(error), failures=failures)
                 if failures >= self._restarts:
                     raise
-                await self._clock.sleep(0.5 * 2**failures)
-            if worker.stopping:
-                return
+                await self._rest(worker, 0.5 * 2**failures)
+            if not worker.stopping:
+                worker = self.workers[partition] = self._make_worker(partition)
+
+    async def _rest(self, worker: PartitionWorker, seconds: float) -> None:
+        """Wait, but not once the partition is given up: its next owner waits for that."""
+        until = self._clock.monotonic() + seconds
+        while not worker.stopping and (left := until - self._clock.monotonic()) > 0:
+            await self._clock.sleep(min(left, _LOOK_S))
 
     async def _report(self) -> None:
         while True:

@@ -57,7 +57,6 @@ from services.features.backfill.log_past import LogPast
 from services.features.backfill.pasts import Pasts
 from services.features.domain.definitions import FeatureView
 from services.features.domain.parsing import parse_views
-from services.features.plan import source_numbers
 
 PROJECT = Path(__file__).parents[1] / "examples" / "flights"
 PARTITIONS, COMMIT = 4, 200_000
@@ -91,7 +90,6 @@ class Year:
             catalog=f"sqlite:///{folder}/c.db", warehouse=f"file://{folder}/tables"
         )
         self.definition = define_lake(self.catalogue, None)
-        self.number = source_numbers(self.catalogue)
         self.files = 0
         self.until_us = 0
         self.frames: dict[str, pl.DataFrame] = {}
@@ -146,7 +144,7 @@ class Year:
     def find(self, topic: str) -> LakePast | None:
         """What the lake holds."""
         with Lake(open_catalog(self.settings), self.definition) as lake:
-            return past_in(lake, self.catalogue.topic(topic), self.number)
+            return past_in(lake, self.catalogue.topic(topic))
 
     def cuts(self, view: FeatureView, partition: int) -> dict[int, int]:
         """The ends of the log."""

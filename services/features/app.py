@@ -20,7 +20,7 @@ from services.features.explaining import Explainer
 from services.features.handlers import Join, Rekey
 from services.features.history import History
 from services.features.lateness import LATE
-from services.features.plan import REQUESTS, ROLLOUTS, VERSIONS, Plan, source_numbers, tasks_topic
+from services.features.plan import REQUESTS, ROLLOUTS, VERSIONS, Plan, tasks_topic
 from services.features.publishing import VECTORS
 from services.features.registration import check_views
 from services.features.rekeying import INPUTS
@@ -42,7 +42,7 @@ async def main() -> None:
         if plan.rekeyed:
             service.runner(
                 Stage("features", "features-rekey", plan.rekeyed, (INPUTS,)),
-                lambda _: Rekey(plan.views, source_numbers(catalogue)),
+                lambda _: Rekey(plan.views),
                 Limits(max_records=10_000, commit_every_s=0.2, bulk_gather_s=0.1),
             )
         stage = Stage(
@@ -82,7 +82,7 @@ async def main() -> None:
             return {number: one.watermarks.least() for number, one in runner.workers.items()}
 
         log = LogReader(service.bus, catalogue, service.decoder)
-        explainer = Explainer(log, plan.views, source_numbers(catalogue))
+        explainer = Explainer(log, plan.views)
         sources = Sources(
             joins,
             watermarks,
@@ -91,7 +91,7 @@ async def main() -> None:
             catalogue.topic(REQUESTS).partitions,
             settings.memory_mb * 2**20,
         )
-        history = History(log, source_numbers(catalogue))
+        history = History(log)
         find_past = lake_of(catalogue, settings.project, settings.postgres_url)
         pasts = Pasts(catalogue, log_past, find_past)
         backfiller = Backfiller(lambda: list(joins().values()), pasts, service.clock)

@@ -39,10 +39,9 @@ class Explained:
 class Explainer:
     """Reads the event topics of the views that a request asks for."""
 
-    def __init__(self, log: LogReader, views: Sequence[FeatureView], source_number: Any) -> None:
+    def __init__(self, log: LogReader, views: Sequence[FeatureView]) -> None:
         self._log = log
         self._views = by_reference(views)
-        self._source_number = source_number
 
     async def explain(self, asked: Asked) -> Explained:
         """Recompute the features from the events before `as_of_us`, and say which they are."""
@@ -76,8 +75,7 @@ class Explainer:
         oldest_us = _oldest_us(view, as_of_us)
         places: list[dict[str, Any]] = []
         async for batch in self._log.read(await self._log.ends([f"events.{view.event_type}"])):
-            frame = event_frame(batch, self._source_number(batch.topic, batch.partition))
-            found, _ = readable_events(view, frame)
+            found, _ = readable_events(view, event_frame(batch))
             mine = (found.entity == key).to_numpy() & (found.occurred_at_us < as_of_us)
             if mine.any():
                 store.views[view.id].apply(found.take(np.flatnonzero(mine)))

@@ -34,7 +34,6 @@ from services.features.plan import (
     VERSIONS,
     Plan,
     event_frame,
-    source_numbers,
     tasks_topic,
 )
 from services.features.publishing import VectorPublisher
@@ -59,9 +58,8 @@ class Rekey:
     takes_bad_rows = False
     stateful = False
 
-    def __init__(self, views: Sequence[FeatureView], source_number: Callable[[str, int], int]):
+    def __init__(self, views: Sequence[FeatureView]) -> None:
         self._views = [view for view in views if view.placement == "rekeyed"]
-        self._source_number = source_number
 
     async def process(
         self, batches: Sequence[Batch], watermark_us: int, transaction: Any
@@ -72,7 +70,7 @@ class Rekey:
         return Emission(outgoing, refused=[(batch, bad) for batch, _, bad in found if bad])
 
     def _read(self, batch: Batch) -> tuple[list[tuple[FeatureView, ViewEvents]], dict[int, str]]:
-        frame = event_frame(batch, self._source_number(batch.topic, batch.partition))
+        frame = event_frame(batch)
         views = [view for view in self._views if f"events.{view.event_type}" == batch.topic]
         return _read(views, frame)
 
@@ -124,7 +122,6 @@ class Join:
         self._plan = plan
         self.partition = partition
         self._slice_us = slice_us
-        self._source_number = source_numbers(catalogue)
         self._partitions = catalogue.topic(REQUESTS).partitions
         self._by_id = {view.id: view for view in plan.views}
         self._clock = clock
@@ -270,7 +267,7 @@ class Join:
     def _read(self, batch: Batch) -> tuple[list[_Read], dict[int, str]]:
         if batch.topic == INPUTS:
             return self._inputs(batch), {}
-        frame = event_frame(batch, self._source_number(batch.topic, batch.partition))
+        frame = event_frame(batch)
         views = [
             view
             for view in self._plan.views
@@ -285,21 +282,16 @@ class Join:
         return [since(view, events, events.position) for view, events in found], bad
 
     def _inputs(self, batch: Batch) -> list[_Read]:
-        """View inputs by view and by the event topic they came from, which breaks ties."""
+        """View inputs by view and by the partition of events they came from, which breaks ties."""
         found = []
-        causes = batch.frame["cause"].struct
         frame = batch.frame.with_columns(
-            causes.field("topic").alias("from"),
-            causes.field("partition").alias("number"),
+            batch.frame["cause"].struct.field("partition").alias("number"),
             pl.Series("at", batch.positions),
         )
-        for (name, topic, number), part in frame.group_by(
-            "view", "from", "number", maintain_order=True
-        ):
+        for (name, number), part in frame.group_by("view", "number", maintain_order=True):
             view = self._by_id.get(str(name))
             if view is not None:  # inputs of a view that is no longer declared
-                source = self._source_number(str(topic), int(str(number)))
-                events = unpacked(view, part, source)
+                events = unpacked(view, part, int(str(number)))
                 found.append(self.backfills.since_the_cut(view, events, part["at"].to_numpy()))
         return found
 
@@ -319,7 +311,6 @@ class Join:
     def _requests(self, batch: Batch) -> pl.DataFrame:
         """Requests as the aligner takes them, resolved to a version, their inputs packed."""
         asked = batch.frame
-        source = self._source_number(batch.topic, batch.partition)
         # Columns, not expressions: a live request comes alone, and pays for each expression.
         frame = pl.DataFrame(
             [
@@ -330,7 +321,7 @@ class Join:
                 asked["version"],
                 asked["mode"],
                 asked["expires_at"].cast(pl.Int64).alias("expires_us"),
-                pl.Series("source", np.full(asked.height, source, dtype=np.int64)),
+                pl.Series("source", np.full(asked.height, batch.partition, dtype=np.int64)),
                 pl.Series("position", batch.positions),
                 pl.Series("key", [batch.raw.keys[row] for row in batch.rows], dtype=pl.Binary),
             ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,9 +49,8 @@ class Past:
 class History:
     """Reads a view's whole event topic for each question: for people, not for requests."""
 
-    def __init__(self, log: LogReader, source_number: Callable[[str, int], int]) -> None:
+    def __init__(self, log: LogReader) -> None:
         self._log = log
-        self._source_number = source_number
 
     async def read(self, view: FeatureView, key: str, period: Period, limit: int) -> Past:
         """The vectors just after each of the entity's events in the period, the newest `limit`.
@@ -83,6 +82,5 @@ class History:
 
     def _seen(self, view: FeatureView, batch: Batch) -> ViewEvents:
         """What the view sees of a batch, less the rows that it can't take (dead letters)."""
-        source = self._source_number(batch.topic, batch.partition)
-        found, _ = readable_events(view, event_frame(batch, source))
+        found, _ = readable_events(view, event_frame(batch))
         return found

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import polars as pl
 
-from causemesh.catalogue import Catalogue, Topic
+from causemesh.catalogue import Topic
 from causemesh.codec.columns import frame_schema
 from causemesh.runner import Batch
 from services.features.domain.definitions import FeatureView
@@ -51,18 +51,15 @@ class Plan:
         )
 
 
-def source_numbers(catalogue: Catalogue) -> Callable[[str, int], int]:
-    """Numbers for (topic, partition) that are equal in every process: they break ties."""
-    order = {name: number for number, name in enumerate(sorted(catalogue.topics))}
-    return lambda topic, partition: order[topic] * 10_000 + partition
+def event_frame(batch: Batch) -> pl.DataFrame:
+    """A batch of events as the engine reads it.
 
-
-def event_frame(batch: Batch, source: int) -> pl.DataFrame:
-    """A batch of events as the engine reads it."""
+    A view's events come from one topic, so their partition and position break ties of time.
+    """
     return batch.frame.hstack(
         [
             pl.Series("occurred_at_us", batch.occurred_at_us),
-            pl.Series("source", np.full(len(batch), source, dtype=np.int64)),
+            pl.Series("source", np.full(len(batch), batch.partition, dtype=np.int64)),
             pl.Series("position", batch.positions),
         ]
     )
@@ -72,17 +69,11 @@ LAKE_PLACE = ("_partition", "_position")
 """The columns of a row in the lake that say where in the log it lay."""
 
 
-def lake_frame(
-    topic: Topic,
-    rows: pl.DataFrame,
-    columns: Collection[str],
-    source_number: Callable[[str, int], int],
-) -> pl.DataFrame:
+def lake_frame(topic: Topic, rows: pl.DataFrame, columns: Collection[str]) -> pl.DataFrame:
     """The same of the rows of a topic's table in the lake, of which these columns are wanted."""
-    numbers = np.array([source_number(topic.name, k) for k in range(topic.partitions)])
     placed = [
         rows["occurred_at"].cast(pl.Int64).alias("occurred_at_us"),
-        pl.Series("source", numbers[rows["_partition"].to_numpy()], dtype=pl.Int64),
+        rows["_partition"].cast(pl.Int64).alias("source"),
         rows["_position"].alias("position"),
     ]
     return pl.DataFrame([*as_decoded(topic, rows, columns), *placed])

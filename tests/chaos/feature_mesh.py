@@ -29,7 +29,7 @@ from causemesh.log import LogReader
 from services.features.domain.definitions import FeatureView
 from services.features.domain.events import NULL, SEPARATOR, read_events
 from services.features.domain.parsing import parse_views
-from services.features.plan import event_frame, source_numbers
+from services.features.plan import event_frame
 from tests.unit.features.reference import Event, expected
 
 PARTITIONS = 2
@@ -133,12 +133,8 @@ class FeatureMesh:
 
     async def log(self, topic: str) -> pl.DataFrame:
         """A topic's records with source and position, repeats dropped where they have marks."""
-        number = source_numbers(self.catalogue)
         spans = await self.reader.ends([topic])
-        frames = [
-            event_frame(batch, number(batch.topic, batch.partition))
-            async for batch in self.reader.read(spans)
-        ]
+        frames = [event_frame(batch) async for batch in self.reader.read(spans)]
         return pl.concat(frames)
 
 

@@ -21,7 +21,6 @@ from causemesh.faultpoints import Point, reach
 from services.features.backfill.filling import Made, Order
 from services.features.domain.definitions import FeatureView
 from services.features.domain.events import Ints, ViewEvents
-from services.features.plan import source_numbers
 
 Positions = Callable[[], Mapping[TopicPartition, int]]
 """The last position of each input partition that the restored state holds."""
@@ -69,7 +68,6 @@ class Backfills:
     def __init__(self, views: Iterable[FeatureView], catalogue: Catalogue, partition: int) -> None:
         self._views = {view.id: view for view in views}
         self._partitions = {name: topic.partitions for name, topic in catalogue.topics.items()}
-        self._number = source_numbers(catalogue)
         self.partition = partition
         self._entries: dict[str, Entry] = {}
         self._merged: set[str] = set()
@@ -155,8 +153,7 @@ class Backfills:
             return view, events, positions
         past = np.zeros(len(events), np.bool_)
         for number in entry.guarded:
-            source = self._number(self._topic(view.id), number)
-            past |= (events.source == source) & (events.position <= entry.cuts[number])
+            past |= (events.source == number) & (events.position <= entry.cuts[number])
         chosen = np.flatnonzero(~past)
         return view, events.take(chosen), positions[chosen]
 

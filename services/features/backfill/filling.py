@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,9 +14,6 @@ from services.features.domain.definitions import FeatureView
 from services.features.domain.engine import ViewState
 from services.features.domain.events import Ints, ViewEvents, event_columns, readable_events
 from services.features.rekeying import routing_keys
-
-SourceNumber = Callable[[str, int], int]
-"""The number of (topic, partition) that breaks ties between events."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +71,8 @@ def needed_from_us(view: FeatureView, until_us: int) -> int | None:
 class Filling:
     """The state of one past while its events come, in any order, each once."""
 
-    def __init__(self, order: Order, source_number: SourceNumber) -> None:
+    def __init__(self, order: Order) -> None:
         self.order = order
-        self._cuts = {source_number(order.topic, k): at for k, at in order.cuts.items()}
         self._state = ViewState(order.view)
         self._ahead = [ViewEvents.none(order.view)]
         self._events = 0
@@ -88,8 +84,8 @@ class Filling:
         `numbers`: the partition that each is re-keyed to; None for a view that is not re-keyed.
         """
         mine = np.zeros(len(found), np.bool_)
-        for source, cut in self._cuts.items():
-            mine |= (found.source == source) & (found.position <= cut)
+        for number, cut in self.order.cuts.items():
+            mine |= (found.source == number) & (found.position <= cut)
         if self.order.from_us is not None:
             mine &= found.occurred_at_us >= self.order.from_us
         if numbers is not None:
@@ -134,14 +130,9 @@ class Routing:
 class TopicPass:
     """One reading of an event topic for all pasts that are made of it."""
 
-    def __init__(
-        self,
-        orders: Sequence[Order],
-        partitions: int,
-        source_number: SourceNumber,
-    ) -> None:
+    def __init__(self, orders: Sequence[Order], partitions: int) -> None:
         (self.topic,) = {order.topic for order in orders}
-        self._fillings = [Filling(order, source_number) for order in orders]
+        self._fillings = [Filling(order) for order in orders]
         self._views = {order.view.id: order.view for order in orders}
         self._routing = {
             order.view.id: Routing(order.view, partitions)

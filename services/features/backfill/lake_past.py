@@ -17,7 +17,6 @@ from causemesh.lake.progress import TableProgress, progress_of
 from causemesh.lake.reading import Lake, Selection
 from causemesh.lake.tables import load
 from causemesh.lake.upkeep import horizon
-from services.features.backfill.filling import SourceNumber
 from services.features.plan import LAKE_PLACE, lake_frame
 
 _DAY_US = 86_400_000_000
@@ -32,7 +31,6 @@ class LakePast:
     topic: Topic
     table: Table
     retention_days: int
-    source_number: SourceNumber
 
     @cached_property
     def progress(self) -> TableProgress:
@@ -83,7 +81,7 @@ class LakePast:
                 assert now is not None, "there are files"
                 chosen = Selection(self.table, now.snapshot_id, None, *bounds, names)
                 rows = chosen.lazy().collect()
-            yield lake_frame(self.topic, rows, columns, self.source_number)
+            yield lake_frame(self.topic, rows, columns)
 
     def _stretches(self, from_us: int | None) -> Iterator[tuple[int, int]]:
         """First and last days of stretches that are read at once."""
@@ -119,12 +117,12 @@ def _earliest_us(file: DataFile, number: int) -> int:
     return int.from_bytes(told, "little", signed=True)
 
 
-def past_in(lake: Lake, topic: Topic, source_number: SourceNumber) -> LakePast | None:
+def past_in(lake: Lake, topic: Topic) -> LakePast | None:
     """The topic's rows; None when the lake has no table of it. Raises Retryable."""
     for definition in lake.definition.of_topic(topic.name):
         if definition.zone == "decoded":
             with away():
                 table = load(lake.catalog, definition.identifier)
             if table is not None:
-                return LakePast(topic, table, definition.retention_days, source_number)
+                return LakePast(topic, table, definition.retention_days)
     return None

@@ -33,7 +33,7 @@ from causemesh.faultpoints import Point, reach
 from services.features.backfill.filling import Made, Order, TopicPass
 from services.features.backfill.log_past import Beginning, LogPast, Span
 from services.features.domain.events import Ints
-from services.features.plan import REQUESTS, event_frame, source_numbers
+from services.features.plan import REQUESTS, event_frame
 
 if TYPE_CHECKING:
     from services.features.backfill.lake_past import LakePast
@@ -113,14 +113,13 @@ class Pasts:
         find_past: FindPast | None,
     ) -> None:
         self._catalogue = catalogue
-        self._number = source_numbers(catalogue)
         self._log = log
         self._find_past = find_past
 
     async def compute(self, orders: Sequence[Order], tell: Tell) -> list[Made]:
         """The pasts that are ordered, all of one event topic. Raises Retryable, Misdeclared."""
         partitions = self._catalogue.topic(REQUESTS).partitions
-        reading = TopicPass(orders, partitions, self._number)
+        reading = TopicPass(orders, partitions)
         lake = await self._read_lake(reading, tell)
         reach(Point.BACKFILL_READ)
         since: dict[int, int | None] = {}
@@ -164,12 +163,12 @@ class Pasts:
         """Read the log behind what the lake holds; returns whether it begins later than that."""
         topic, (after, cut) = reading.topic, span
         marks = [] if lake.past is None else lake.past.marks([number])
-        source, taken = self._number(topic, number), False
+        taken = False
 
         async def read(start: int) -> None:
             nonlocal taken
             async for batch in self._log.batches(topic, {number: (start, cut)}, marks):
-                frame = event_frame(batch, source).filter(pl.col("position") > after)
+                frame = event_frame(batch).filter(pl.col("position") > after)
                 await asyncio.to_thread(reading.take, frame)
                 taken = True
 
@@ -189,12 +188,12 @@ class Pasts:
 
         bounds: the last position, and since when it is reliable.
         """
-        source, (last, reliable_us) = self._number(reading.topic, number), bounds
+        last, reliable_us = bounds
         span = {number: (BEFORE_FIRST, last)}
         async for batch in self._log.batches(reading.topic, span, []):
-            frame = event_frame(batch, source)
+            frame = event_frame(batch)
             early = frame["occurred_at_us"].to_numpy() < reliable_us
-            lacking = early & ~lake.holds(source, batch.positions)
+            lacking = early & ~lake.holds(number, batch.positions)
             if lacking.any():
                 await asyncio.to_thread(reading.take, frame.filter(pl.Series(lacking)))
 

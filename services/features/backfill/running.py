@@ -23,7 +23,6 @@ from services.features.backfill.book import Backfills
 from services.features.backfill.filling import Made, Order
 from services.features.backfill.pasts import FindPast, Tell
 from services.features.domain.state import PartitionState
-from services.features.plan import source_numbers
 
 _log = structlog.get_logger(__name__)
 _LOOK_S = 0.2
@@ -116,11 +115,10 @@ def lake_of(catalogue: Catalogue, project: Path | None, postgres_url: str) -> Fi
 
     if not told.catalog:
         told = told.model_copy(update={"catalog": catalog_on(postgres_url)})
-    number = source_numbers(catalogue)
 
     def find(topic: str) -> LakePast | None:
         # opened for each reading: a lake that is away at the start may come later
         with Lake.open(told, catalogue, project) as lake:
-            return past_in(lake, catalogue.topic(topic), number)
+            return past_in(lake, catalogue.topic(topic))
 
     return find

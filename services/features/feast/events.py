@@ -11,7 +11,7 @@ from causemesh.catalogue import Catalogue
 from causemesh.lake.reading import Lake
 from services.features.domain.definitions import FeatureView
 from services.features.domain.events import event_columns
-from services.features.plan import LAKE_PLACE, lake_frame, source_numbers
+from services.features.plan import LAKE_PLACE, lake_frame
 
 
 def view_events(
@@ -34,7 +34,6 @@ def view_events(
     declared, columns = catalogue.topic(topic), event_columns(view)
     there = {field.name for field in chosen.table.schema().fields}
     known = [*there.intersection(columns), *LAKE_PLACE]
-    number = source_numbers(catalogue)
     day = datetime(first.year, first.month, first.day, tzinfo=UTC)
     while day <= last:
         following = day + timedelta(days=1)
@@ -50,6 +49,6 @@ def view_events(
             .collect()
         )
         if rows.height:
-            events = lake_frame(declared, rows, columns, number)
+            events = lake_frame(declared, rows, columns)
             yield events.sort("occurred_at_us", "source", "position")
         day = following

@@ -21,7 +21,7 @@ from services.features.domain.events import ViewEvents, event_columns, readable_
 from services.features.lateness import LATE
 from services.features.offline.corrections import takes_corrections
 from services.features.offline.late import COLUMNS, missed_events, without
-from services.features.plan import LAKE_PLACE, lake_frame, source_numbers
+from services.features.plan import LAKE_PLACE, lake_frame
 
 Told = Callable[[str], None]
 """Hears of progress."""
@@ -92,10 +92,9 @@ class LakeEvents:
     def _of_type(self, event_type: str, wanted: Sequence[Wanted]) -> list[ViewEvents]:
         topic = self.catalogue.topic(f"events.{event_type}")
         columns = _columns([one.view for one in wanted], topic)
-        number = source_numbers(self.catalogue)
         found = [[ViewEvents.none(one.view)] for one in wanted]
         for rows in self._frames(topic.name, [*columns, *LAKE_PLACE], wanted):
-            events = lake_frame(topic, rows, columns, number)
+            events = lake_frame(topic, rows, columns)
             for parts, one in zip(found, wanted, strict=True):
                 seen, _ = readable_events(one.view, events)  # what it can't take it never had
                 parts.append(one.of(seen))

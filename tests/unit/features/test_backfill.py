@@ -27,7 +27,7 @@ from services.features.backfill.running import Backfiller
 from services.features.domain import parts
 from services.features.domain.parsing import parse_views
 from services.features.handlers import Join, Rekey
-from services.features.plan import Plan, event_frame, source_numbers
+from services.features.plan import Plan, event_frame
 from services.features.publishing import VECTORS
 from services.features.rekeying import INPUTS
 from tests.unit.checkpoints.memory import MemoryFiles
@@ -70,7 +70,6 @@ V2 = parse_views({"views": {f"{n}@v2": {**BODY[n], "features": SECOND[n]} for n 
 # the new ones come first: what stands for an old one in an input's index must not change
 BOTH = [*V2, *V1]
 NEW = [view.id for view in V2]
-NUMBER = source_numbers(CATALOGUE)
 Rows = list[dict[str, Any]]
 
 
@@ -104,7 +103,7 @@ class Log:
         if not rows:
             return []
         unit = batch((EVENTS, partition), rows, after + 1)
-        stage = Rekey(views, NUMBER)
+        stage = Rekey(views)
         (out,) = (await stage.process([unit], 0, None)).outgoing
         chosen = partitions_of(out.keys, 4, unkeyed=partition)
         assert out.indexes is not None
@@ -130,12 +129,12 @@ class Computed:
         self._log = log
 
     async def compute(self, orders: Sequence[Order], tell: Tell) -> list[Made]:
-        reading = TopicPass(orders, 4, NUMBER)
+        reading = TopicPass(orders, 4)
         for partition, rows in self._log.events.items():
             half = len(rows) // 2
             for start, part in ((0, rows[:half]), (half, rows[half:])):
                 unit = batch((EVENTS, partition), part, start)
-                reading.take(event_frame(unit, NUMBER(EVENTS, partition)))
+                reading.take(event_frame(unit))
         tell(63)
         return reading.made(dict.fromkeys(range(4)))
 
@@ -471,8 +470,8 @@ def test_a_record_that_the_view_can_not_take_is_left_out_and_counted() -> None:
     ]
     view = V2[0]
     order = Order(view, 0, {0: 2}, None)
-    reading = TopicPass([order], 4, NUMBER)
-    reading.take(event_frame(batch((EVENTS, 0), rows, 0), NUMBER(EVENTS, 0)))
+    reading = TopicPass([order], 4)
+    reading.take(event_frame(batch((EVENTS, 0), rows, 0)))
     (made,) = reading.made({0: None})
     assert (made.events, made.unfit) == (2, 1)
     assert made.ahead.position.tolist() == [0, 2]
@@ -509,11 +508,11 @@ def test_since_when_a_past_is_complete(
 def test_each_view_is_told_what_its_own_answers_lack() -> None:
     short, long = V2[2], V2[0]
     orders = [Order(short, 0, {0: 1}, 1000 * MS), Order(long, 0, {0: 1}, 1000 * MS)]
-    reading = TopicPass(orders, 4, NUMBER)
+    reading = TopicPass(orders, 4)
     found = [made.complete_from_us for made in reading.made({0: 500 * MS})]
     assert found == [None, 500 * MS]
     assert [one.complete_from_us for one in reading.made({0: 2**62})] == [1000 * MS] * 2
-    assert Filling(orders[0], NUMBER).made(None).events == 0
+    assert Filling(orders[0]).made(None).events == 0
 
 
 def test_requests_are_routed_where_the_past_of_a_re_keyed_view_is() -> None:
@@ -522,8 +521,8 @@ def test_requests_are_routed_where_the_past_of_a_re_keyed_view_is() -> None:
         for n, site in enumerate(SITES)
     ]
     orders = [Order(V2[1], partition, {0: 99}, None) for partition in range(4)]
-    reading = TopicPass(orders, 4, NUMBER)
-    reading.take(event_frame(batch((EVENTS, 0), rows, 0), NUMBER(EVENTS, 0)))
+    reading = TopicPass(orders, 4)
+    reading.take(event_frame(batch((EVENTS, 0), rows, 0)))
     want = partitions_of([site.encode() for site in SITES], 4, unkeyed=0)
     for partition, made in enumerate(reading.made({0: None})):
         mine = {f"t\x1f{site}" for site, at in zip(SITES, want, strict=True) if at == partition}

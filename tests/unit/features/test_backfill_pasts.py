@@ -27,7 +27,7 @@ from services.features.backfill.pasts import Pasts
 from services.features.domain.parsing import parse_views
 from services.features.lake.store import FlushLimits, LakeStore
 from services.features.lake.wiring import groups_of
-from services.features.plan import REQUESTS, as_decoded, event_frame, source_numbers
+from services.features.plan import REQUESTS, as_decoded, event_frame
 from tests.unit.lake.mesh import DAY_US, PARTITIONS, START_US, LakeMesh, instants, lake_settings
 
 PROJECT = Path(__file__).parents[3] / "tests" / "project"
@@ -72,7 +72,6 @@ class Readings(LakeMesh):
         self.limits = FlushLimits(seconds=1e6, position_s=1e6)
         ((self.group, topics),) = groups_of(self.catalogue, self.definition).items()
         self.stage = Stage("lake", self.group, topics)
-        self.number = source_numbers(self.catalogue)
         self.opened = 0
         self.percent: list[int] = []
 
@@ -104,7 +103,7 @@ class Readings(LakeMesh):
     def find(self, topic: str) -> LakePast | None:
         self.opened += 1
         with self.lake() as lake:
-            return past_in(lake, self.catalogue.topic(topic), self.number)
+            return past_in(lake, self.catalogue.topic(topic))
 
     def log(self) -> LogPast:
         return LogPast(self.bus, self.catalogue, Decoder(self.registry))
@@ -123,10 +122,10 @@ class Readings(LakeMesh):
 async def wanted(readings: Readings, until_us: int) -> list[Made]:
     """The same from the log alone, by the plain reader."""
     orders = await readings.orders(until_us)
-    reading = TopicPass(orders, PARTITIONS, readings.number)
+    reading = TopicPass(orders, PARTITIONS)
     for partition, at in orders[0].cuts.items():
         async for batch in readings.log().batches(EVENTS, {partition: (-1, at)}, []):
-            reading.take(event_frame(batch, readings.number(EVENTS, partition)))
+            reading.take(event_frame(batch))
     return reading.made(dict.fromkeys(range(PARTITIONS)))
 
 

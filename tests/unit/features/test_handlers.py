@@ -23,7 +23,7 @@ from services.features.domain.models import UNRESOLVED
 from services.features.domain.parsing import parse_views
 from services.features.handlers import Join, Rekey
 from services.features.lateness import LATE
-from services.features.plan import REQUESTS, ROLLOUTS, VERSIONS, Plan, source_numbers, tasks_topic
+from services.features.plan import REQUESTS, ROLLOUTS, VERSIONS, Plan, tasks_topic
 from services.features.publishing import VECTORS
 from services.features.rekeying import INPUTS
 from tests.unit.features.reference import Event, expected
@@ -133,7 +133,7 @@ class World:
         }
 
     async def _rekeyed(self) -> Any:
-        processor = Rekey(VIEWS, source_numbers(CATALOGUE))
+        processor = Rekey(VIEWS)
         for partition in (0, 1):
             unit = batch((EVENTS, partition), self.logs[EVENTS, partition], 0)
             (out,) = (await processor.process([unit], 0, None)).outgoing
@@ -202,13 +202,12 @@ class World:
         return version, vector.tobytes(), "missing_feature: input.x" if missing else None
 
     def _events(self, view: Any) -> list[Event]:
-        number = source_numbers(CATALOGUE)
         partitions = (0,) if view.placement == "partitioned" else (0, 1)
         return [
             Event(
                 row[view.entity[0]],
                 row["occurred_at"],
-                number(EVENTS, partition),
+                partition,
                 position,
                 (row["value"],),
             )
@@ -441,7 +440,7 @@ async def test_an_event_too_late_for_a_view_is_sent_on_with_its_cause_and_counte
 async def test_a_late_re_keyed_input_names_the_input_s_own_position() -> None:
     processor = join()
     await processor.process([registrations()], 100 * MS, None)
-    rekey = Rekey(VIEWS, source_numbers(CATALOGUE))
+    rekey = Rekey(VIEWS)
     rows = [{"occurred_at": at * MS, "sensor": "a", "site": "n", "value": 1.0} for at in (99, 20)]
     moved = await rekey.process([batch((EVENTS, 3), rows, 40)], NEVER, None)
     cause = {"topic": EVENTS, "partition": 3, "index": 0, "origin": None}

@@ -85,4 +85,4 @@ async def test_what_is_known_of_models_is_told_once_it_is_committed() -> None:
 
 def test_only_the_joining_stage_has_pieces() -> None:
     assert isinstance(join(), Pieced)
-    assert not isinstance(Rekey((), lambda *_: 0), Pieced)
+    assert not isinstance(Rekey(()), Pieced)

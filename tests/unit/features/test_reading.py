@@ -23,7 +23,7 @@ from services.features.domain.parsing import parse_views
 from services.features.explaining import Explainer
 from services.features.handlers import Join
 from services.features.history import History
-from services.features.plan import Plan, event_frame, source_numbers
+from services.features.plan import Plan, event_frame
 from tests.unit.features.test_handlers import CATALOGUE, EVENTS, batch
 
 TOKEN = "a-token-for-reading-features"
@@ -127,8 +127,7 @@ async def ask(method: str, path: str, held: Mapping[int, Join], **more: Any) -> 
         PARTITIONS,
         2**30,
     )
-    number = source_numbers(CATALOGUE)
-    router = routes(PLAN, sources, Explainer(log, VIEWS, number), History(log, number))
+    router = routes(PLAN, sources, Explainer(log, VIEWS), History(log))
 
     async def probe() -> Mapping[str, str]:
         return {}
@@ -156,7 +155,7 @@ def alone(view_id: str, sensor: str) -> ViewState:
     view = next(one for one in VIEWS if one.id == view_id)
     state = ViewState(view)
     for one in batches():
-        found = read_events(view, event_frame(one, 0))
+        found = read_events(view, event_frame(one))
         keys = [sensor, f"t\x1f{sensor}"]
         state.apply(found.take(np.flatnonzero(found.entity.is_in(keys).to_numpy())))
     return state
@@ -229,7 +228,7 @@ async def test_history_is_what_the_state_said_after_each_event(all_held: dict[in
     assert told["features"] == list(VIEWS[0].feature_names)
     assert [point["as_of_us"] for point in told["points"]] == [at + 1 for at in mine]
     state = ViewState(VIEWS[0])
-    own = [read_events(VIEWS[0], event_frame(one, 0)) for one in batches()]
+    own = [read_events(VIEWS[0], event_frame(one)) for one in batches()]
     for point in told["points"]:
         before = point["as_of_us"]
         for found in own:

@@ -35,7 +35,6 @@ from services.features.offline.logged import (
 )
 from services.features.offline.sets import about
 from services.features.offline.training import training_set
-from services.features.plan import source_numbers
 from tests.unit.features.lakes import fill, lake_of, matrix_of, settings_of
 
 ROOT = Path(__file__).parents[3]
@@ -196,7 +195,7 @@ async def late_record(definitions: Definitions, events: pl.DataFrame, row: int) 
     topic = "events.reading"
     placed = events.with_columns(
         pl.col("occurred_at").cast(pl.Datetime("us", "UTC")).to_physical().alias("occurred_at_us"),
-        pl.lit(source_numbers(definitions.catalogue)(topic, 0)).alias("source"),
+        pl.lit(0).alias("source"),
         pl.int_range(pl.len()).alias("position"),
     )
     state = PartitionState([view])

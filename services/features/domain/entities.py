@@ -12,15 +12,19 @@ import polars as pl
 
 from services.features.domain.changes import Touched
 from services.features.domain.events import Ints
+from services.features.domain.key_table import SLOT_BYTES, KeyTable
 
 # Row 0 belongs to no entity and stays empty, so that an unknown entity needs no special case.
 NOBODY = 0
 # A dictionary slot, a key, a number and a place in the list of keys, roughly.
-ENTITY_BYTES = 158
+_DICTIONARY_BYTES = 158
+ENTITY_BYTES = _DICTIONARY_BYTES + 3 * SLOT_BYTES  # slots of the table, about 1.7 to 3.3 an entity
+# So few keys are sooner found in the dictionary (measured).
+_FEW = 512
 
 
 class EntityIndex:
-    """A dictionary from key to row, and the key of each row.
+    """A dictionary from key to row, the key of each row, and a table for many keys at once.
 
     A new key gets the lowest free row, so which rows are given out next depends on nothing but the
     keys that are held: a restored index goes on as the one that was saved.
@@ -29,6 +33,7 @@ class EntityIndex:
     def __init__(self) -> None:
         self._rows: dict[str, int] = {}
         self._keys: list[str | None] = [None]
+        self._table = KeyTable()
         self._free: list[int] = []  # a heap
         self.changed: Touched | None = None
         """Rows given out or released; None where nobody asks."""
@@ -60,6 +65,8 @@ class EntityIndex:
 
     def find(self, keys: pl.Series) -> Ints:
         """The row of each key; NOBODY for a null or unknown one."""
+        if len(keys) > _FEW and keys.dtype == pl.String:
+            return self._table.find(keys)
         return self.find_texts(keys.to_list())
 
     def find_texts(self, keys: Sequence[str | None]) -> Ints:
@@ -73,8 +80,10 @@ class EntityIndex:
         unknown = np.flatnonzero(rows == NOBODY)
         if len(unknown):
             strangers = keys.gather(unknown)
-            for key in strangers.unique(maintain_order=True):
+            new = strangers.unique(maintain_order=True)
+            for key in new:
                 self._rows[key] = self._next_row(key)
+            self._table.put(new, self.find_texts(new.to_list()))
             found = self.find(strangers)
             rows[unknown] = found
             if self.changed is not None:
@@ -83,9 +92,9 @@ class EntityIndex:
 
     def release(self, rows: Ints) -> None:
         """Forget the keys of these rows, which the caller clears; they are free from now on."""
-        for row in rows.tolist():
-            key = self._keys[row]
-            assert key is not None
+        keys = pl.Series(self.keys_of(rows), dtype=pl.String)
+        self._table.put(keys, np.zeros(len(rows), np.int64))
+        for key, row in zip(keys.to_list(), rows.tolist(), strict=True):
             del self._rows[key]
             self._keys[row] = None
             heapq.heappush(self._free, row)
@@ -99,7 +108,7 @@ class EntityIndex:
         self.settle()
 
     def put(self, keys: Sequence[str | None], rows: Ints) -> None:
-        """Give these rows (each once) these keys, None for none. Call `settle` at the end."""
+        """Give these rows (each once) these keys, None for none. `settle` before the next look."""
         self._keys.extend(repeat(None, int(rows.max(initial=0)) + 1 - self.end))
         places = rows.tolist()
         for row in places:  # all old keys first: one may have moved
@@ -112,14 +121,16 @@ class EntityIndex:
                 self._rows[key] = row
 
     def settle(self) -> None:
-        """Find the free rows, after `put`."""
+        """Find the free rows and fill the table, after `put`."""
         while len(self._keys) > 1 and self._keys[-1] is None:
             self._keys.pop()
         self._free = [row for row, key in enumerate(self._keys) if key is None][1:]
+        self._table = KeyTable()
+        self._table.put(pl.Series(self.keys, dtype=pl.String), self.rows)
 
     def memory_bytes(self) -> int:
-        """Roughly what the dictionary holds: a slot, a key and a number for each entity."""
-        return ENTITY_BYTES * len(self._rows) + 8 * len(self._free)
+        """Roughly what is held: of the dictionary a slot, a key and a number for each entity."""
+        return _DICTIONARY_BYTES * len(self._rows) + self._table.nbytes + 8 * len(self._free)
 
     def _next_row(self, key: str) -> int:
         if self._free:

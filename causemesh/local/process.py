@@ -73,7 +73,9 @@ class ServerProcess:
         # From here on the pid file owns the process: without a return code the dropped handle would
         # warn that its child still runs.
         child.returncode = 0
-        self._pid_file.write_text(json.dumps({"pid": child.pid, "started": started}))
+        whole = self._pid_file.with_suffix(".new")  # another process may read it at any time
+        whole.write_text(json.dumps({"pid": child.pid, "started": started}))
+        whole.replace(self._pid_file)
 
     def wait_ready(self, ready: Callable[[], bool], timeout_s: float) -> None:
         """Wait for `ready`. Raises Fatal with the end of the log when it dies or takes too long."""

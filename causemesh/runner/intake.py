@@ -13,6 +13,7 @@ from causemesh.codec.base import BatchDecoder, Decoded
 from causemesh.runner.batch import NEVER, Batch
 from causemesh.runner.marks import HighWaterMarks
 from causemesh.runner.watermarks import WatermarkTracker
+from causemesh.series import int64s
 
 Heard = tuple[int, int]
 """A row of a raw batch and the watermark (microseconds) it announced."""
@@ -87,7 +88,7 @@ class Intake:
         decoded: Decoded = await self._decoder.decode([raw.values[row] for row in rows], schema)
         frame = decoded.frame
         source = (raw.topic, raw.partition)
-        at_us = frame["watermark_at"].to_physical()
+        at_us = int64s(frame["watermark_at"]).tolist()
         for row, topic, partition, at in zip(
             decoded.rows, frame["source_topic"], frame["source_partition"], at_us, strict=True
         ):

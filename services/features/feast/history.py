@@ -113,7 +113,7 @@ def _frame(view: FeatureView, keys: list[str], as_of_us: int, matrix: Vectors) -
     parts = [_parts(key, len(names)) for key in keys]
     at = pl.Series(TIMESTAMP, [as_of_us] * len(keys), dtype=pl.Int64)
     features = [
-        pl.Series(feature.name, matrix[:, place]).fill_nan(None)
+        pl.Series(feature.name, matrix[:, place], nan_to_null=True)
         for place, feature in enumerate(view.features)
     ]
     columns = [

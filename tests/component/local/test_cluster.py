@@ -16,7 +16,7 @@ from causemesh.bus.kafka import KafkaBus
 from causemesh.bus.pulsar import PulsarBus
 from causemesh.catalogue import Catalogue
 from causemesh.codec.registry import HttpRegistry
-from causemesh.local import Cluster
+from causemesh.local import Cluster, Endpoints
 from causemesh.local.cluster import SERVERS
 
 pytestmark = pytest.mark.servers
@@ -126,8 +126,8 @@ async def _sql(url: str, statement: str) -> int | None:
     return value
 
 
-def test_a_second_up_reuses_what_runs(cluster: object) -> None:
-    home = Path(".causemesh-test")
+def test_a_second_up_reuses_what_runs(cluster: Endpoints) -> None:
+    home = Path(cluster.triton_models).parents[1]
     before = {status.name: status.pid for status in Cluster(home).status()}
     Cluster(home).up()
     assert {status.name: status.pid for status in Cluster(home).status()} == before

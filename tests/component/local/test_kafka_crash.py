@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,29 +16,34 @@ pytestmark = [pytest.mark.servers, pytest.mark.timeout(180)]
 THEIR_SESSION_MS = "9000"  # Kafka's default
 
 
-def longer_after_a_kill_s(home: Path) -> float:
-    """By how much a start after kill -9 takes longer than one after an orderly stop."""
+def waits_after_a_kill_s(home: Path) -> float:
+    """How long a broker that was killed takes from when its controller is up, to be registered:
+    how long the start before that takes is a matter of the machine."""
     cluster = Cluster(home, ["kafka"])
+    controller = json.loads((home / "ports.json").read_text())["kafka_controller"]
     try:
         cluster.up()
-        cluster.down()
-        orderly = up_s(cluster)
         cluster.kill("kafka")
-        return up_s(cluster) - orderly
+        with ThreadPoolExecutor(1) as pool:
+            up = pool.submit(cluster.up)
+            while not (up.done() or listens(controller)):
+                time.sleep(0.02)
+            began = time.monotonic()
+            up.result()
+        return time.monotonic() - began
     finally:
         cluster.down()
 
 
-def up_s(cluster: Cluster) -> float:
-    began = time.monotonic()
-    cluster.up()
-    return time.monotonic() - began
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_a_killed_broker_is_registered_again_at_once(tmp_path: Path) -> None:
-    longer = longer_after_a_kill_s(tmp_path)
-    print(f"\n{longer:.1f} s longer after a kill")
-    assert longer < 6.0
+    waits = waits_after_a_kill_s(tmp_path)
+    print(f"\n{waits:.1f} s from the controller to the broker after a kill")
+    assert waits < 6.0
 
 
 def test_control_with_kafkas_own_session_it_waits_for_the_old_one_to_lapse(
@@ -52,4 +60,4 @@ def test_control_with_kafkas_own_session_it_waits_for_the_old_one_to_lapse(
         return path
 
     monkeypatch.setattr(kafka.Kafka, "_settings", theirs)
-    assert longer_after_a_kill_s(tmp_path) > 6.0
+    assert waits_after_a_kill_s(tmp_path) > 6.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,7 +14,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from causemesh.bus.base import Outbound
+from causemesh.bus.base import Membership, Outbound, Producer
 from causemesh.bus.kafka import KafkaBus
 from causemesh.catalogue import WATERMARK, Catalogue, Topic
 from causemesh.clock import SystemClock
@@ -60,6 +61,9 @@ class Mesh:
         self.store = SqlPositionStore(database)
         self.door = Stage("door", f"door-{name}", (self.inbox.name,), (self.facts.name,))
         self.sink = Stage("sink", f"sink-{name}", (self.facts.name,))
+        self._producers: list[Producer] = []
+        self._idle: dict[Runner, Membership] = {}
+        self._running: list[tuple[Runner, asyncio.Task[None]]] = []
 
     @staticmethod
     def _renamed(topic: Topic, name: str, sources: tuple[str, ...]) -> Topic:
@@ -76,10 +80,10 @@ class Mesh:
         async with self.database.begin() as connection:
             await connection.execute(EFFECTS)
 
-    def worker(self, stage: Stage, processor: Any, partition: int) -> PartitionWorker:
-        emitter = Emitter(
-            self.catalogue, RegistryEncoders(self.registry), self.producer, stage.writes
-        )
+    def worker(
+        self, stage: Stage, processor: Any, partition: int, producer: Producer
+    ) -> PartitionWorker:
+        emitter = Emitter(self.catalogue, RegistryEncoders(self.registry), producer, stage.writes)
         return PartitionWorker(
             stage,
             partition,
@@ -94,9 +98,36 @@ class Mesh:
         )
 
     def runner(self, stage: Stage, processor: Any) -> Runner:
-        self.producer = self.bus.producer(stage.group)
+        producer = self.bus.producer(stage.group)
+        self._producers.append(producer)
         membership = self.bus.membership(stage.group, stage.shared)
-        return Runner(membership, lambda n: self.worker(stage, processor(), n), SystemClock())
+        made = Runner(
+            membership, lambda n: self.worker(stage, processor(), n, producer), SystemClock()
+        )
+        self._idle[made] = membership
+        return made
+
+    def start(self, runner: Runner) -> asyncio.Task[None]:
+        """Run it; `close` ends it where the test did not."""
+        del self._idle[runner]
+        task = asyncio.create_task(runner.run())
+        self._running.append((runner, task))
+        return task
+
+    async def close(self) -> None:
+        """Leave nothing open, also of a test that failed: the next one would be told of it."""
+        try:
+            for runner, _ in self._running:
+                runner.stop()
+            async with asyncio.timeout(30):
+                await asyncio.gather(*(task for _, task in self._running if not task.done()))
+        finally:
+            for membership in self._idle.values():  # of runners that the test did not come to
+                await membership.close()
+            for producer in self._producers:
+                await producer.close()
+            await self.registry.close()
+            gc.collect()  # what a crash abandoned: here its test says that it is expected
 
     async def produce(self, count: int, *, offset: int = 0) -> None:
         """Requests from outside, in the external form."""
@@ -168,9 +199,11 @@ class Sink(Plain):
 @pytest.fixture
 async def mesh(kafka_bootstrap: str, registry_url: str, database: AsyncEngine) -> Any:
     made = Mesh(kafka_bootstrap, registry_url, database)
-    await made.create()
-    yield made
-    await made.registry.close()
+    try:
+        await made.create()
+        yield made
+    finally:
+        await made.close()
 
 
 async def until(mesh: Mesh, count: int, timeout_s: float = 60) -> list[str]:
@@ -201,43 +234,40 @@ async def test_crashes_lose_and_double_nothing(mesh: Mesh) -> None:
     expected = sorted(f"r{n}" for n in range(COUNT))
     for pause in (0.6, 0.9, 1.3):
         runners = [mesh.runner(mesh.sink, Sink), mesh.runner(mesh.door, door_to(mesh.facts.name))]
-        tasks = [asyncio.create_task(runner.run()) for runner in runners]
+        tasks = [mesh.start(runner) for runner in runners]
         await asyncio.sleep(pause)
         for task in tasks:
             await crash(task)
-        await mesh.producer.close()
     last = [mesh.runner(mesh.sink, Sink), mesh.runner(mesh.door, door_to(mesh.facts.name))]
-    tasks = [asyncio.create_task(runner.run()) for runner in last]
+    tasks = [mesh.start(runner) for runner in last]
     assert await until(mesh, COUNT) == expected
     for runner in last:
         runner.stop()
     await asyncio.gather(*tasks)
     assert await mesh.effects() == expected
-    await mesh.producer.close()
 
 
 async def test_members_that_come_and_go_lose_and_double_nothing(mesh: Mesh) -> None:
     """A second member takes half of the partitions, the first leaves, a third comes."""
     door = mesh.runner(mesh.door, door_to(mesh.facts.name))
     first, second, third = (mesh.runner(mesh.sink, Sink) for _ in range(3))
-    tasks = [asyncio.create_task(runner.run()) for runner in (door, first)]
+    tasks = [mesh.start(runner) for runner in (door, first)]
     await mesh.produce(COUNT)
     await until(mesh, COUNT // 4)
-    tasks.append(asyncio.create_task(second.run()))
+    tasks.append(mesh.start(second))
     async with asyncio.timeout(90):
         while not shared(first, second):  # noqa: ASYNC110 - polls a group
             await asyncio.sleep(0.1)
     await mesh.produce(COUNT, offset=COUNT)
     first.stop()
     await asyncio.sleep(0.2)
-    tasks.append(asyncio.create_task(third.run()))
+    tasks.append(mesh.start(third))
     expected = sorted(f"r{n}" for n in range(2 * COUNT))
     assert await until(mesh, 2 * COUNT) == expected
     for runner in (door, second, third):
         runner.stop()
     await asyncio.gather(*tasks)
     assert await mesh.effects() == expected
-    await mesh.producer.close()
 
 
 async def test_a_replaced_worker_cannot_commit(mesh: Mesh) -> None:

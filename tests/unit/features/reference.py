@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,32 +58,42 @@ def expected(
     """The vector of one entity as of one time, from all events of the view."""
     before = [e for e in events if e.entity is not None and e.occurred_at_us < as_of_us]
     reach = max(view.tiles * view.tile_us, view.retention_us or 0)
+    fixes = [e for e in before if e.target is not None]
     removed = {
         e.position
+        for fix in fixes
         for e in before
-        for fix in before
         if fix.target == f"e{e.position}" and fix.occurred_at_us >= e.occurred_at_us - reach
     }
     seen = [e for e in before if e.entity == entity and not e.void and e.position not in removed]
-    return [np.float32(_feature(view, f, seen, as_of_us)) for f in view.features]
+    seen.sort(key=lambda e: e.order)
+    windows = {w for f in view.features for w in (f.window, f.per)}
+    shown = {window: _shown(view, window, seen, as_of_us) for window in windows}
+    return [np.float32(_feature(view, f, shown, as_of_us)) for f in view.features]
 
 
-def _feature(view: FeatureView, feature: Feature, events: list[Event], as_of_us: int) -> float:
-    number = _over(view, feature, feature.window, events, as_of_us)
+def _shown(
+    view: FeatureView, window: Window | None, events: list[Event], as_of_us: int
+) -> list[Event]:
+    """The events that count for a window, or without one; given and returned in order."""
+    if window is not None:
+        return _in_window(view, window, events, as_of_us)
+    if view.retention_us is not None:
+        return [e for e in events if e.occurred_at_us >= as_of_us - view.retention_us]
+    return events
+
+
+def _feature(
+    view: FeatureView, feature: Feature, shown: Mapping[Window | None, list[Event]], as_of_us: int
+) -> float:
+    number = _over(view, feature, shown[feature.window], as_of_us)
     if feature.per is None:
         return number
-    divisor = _over(view, feature, feature.per, events, as_of_us)
+    divisor = _over(view, feature, shown[feature.per], as_of_us)
     return math.nan if math.isnan(divisor) or divisor == 0 else number / divisor
 
 
-def _over(
-    view: FeatureView, feature: Feature, window: Window | None, events: list[Event], as_of_us: int
-) -> float:
-    events = sorted(events, key=lambda e: e.order)
-    if window is not None:
-        events = _in_window(view, window, events, as_of_us)
-    elif view.retention_us is not None:
-        events = [e for e in events if e.occurred_at_us >= as_of_us - view.retention_us]
+def _over(view: FeatureView, feature: Feature, events: list[Event], as_of_us: int) -> float:
     if feature.column is None:
         if feature.aggregation == "count":
             return len(events)
@@ -103,7 +113,6 @@ def _over(
 def _in_window(
     view: FeatureView, window: Window, events: list[Event], as_of_us: int
 ) -> list[Event]:
-    """The events in a window; given and returned in order."""
     if window.shape == "tumbling":
         end = as_of_us // window.length_us * window.length_us
         return [e for e in events if end - window.length_us <= e.occurred_at_us < end]
@@ -170,21 +179,23 @@ def middle(unit: int) -> float:
 def distinct(units: set[int]) -> float:
     """HyperLogLog with 1,024 registers and Ertl's estimator, one register after another."""
     m, bits = 1024, 54
-    registers = [0] * m
+    registers: dict[int, int] = {}
     for unit in units:
         mixed = mix(unit)
         rest = mixed & (2**bits - 1)
         place = mixed >> bits
-        registers[place] = max(registers[place], bits - rest.bit_length() + 1)
-    x = 1 - registers.count(bits + 1) / m
+        registers[place] = max(registers.get(place, 0), bits - rest.bit_length() + 1)
+    having = Counter(registers.values())  # how many registers there are of each rank
+    having[0] = m - len(registers)
+    x = 1 - having[bits + 1] / m
     tau, y, before = 1 - x, 1.0, math.inf
     while 0 < x < 1 and tau != before:
         x, y, before = math.sqrt(x), y / 2, tau
         tau -= (1 - x) ** 2 * y
     z = m * (tau / 3 if 0 < x < 1 else 0.0)
     for rank in range(bits, 0, -1):
-        z = 0.5 * (z + registers.count(rank))
-    x = registers.count(0) / m
+        z = 0.5 * (z + having[rank])
+    x = having[0] / m
     if x == 1:
         return 0.0
     sigma, y, before = x, 1.0, math.inf

@@ -104,6 +104,7 @@ class Run:
 
     def save(self) -> None:
         if self.manifest is None:
+            self.wanted = contents(self.state)
             manifest = self.place.first(1)
             for number, name in enumerate(self.state.pieces()):
                 body = self.state.piece(name)()
@@ -208,7 +209,6 @@ def run(seed: int, **arms: bool) -> bool:
     for _ in range(24):
         one.step()
         if one.rng.random() < 0.4:
-            one.wanted = contents(one.state)
             one.save()
             try:
                 restored = one.restored()

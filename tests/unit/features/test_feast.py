@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from bisect import bisect_right
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +30,7 @@ from services.features.feast.importing import imported
 from tests.unit.features.reference import Event, expected, frame_of
 from tests.unit.features.test_engine import TILE, event_lists, make_view
 
+Vector = tuple[float | None, ...]
 VIEWS = """
 views:
   door:
@@ -77,12 +79,19 @@ DUMP: dict[str, Any] = {
 }
 
 
-def told(history: list[pl.DataFrame], entity: str, at_us: int) -> list[float | None] | None:
-    """What Feast finds: the newest row of an entity up to a time."""
-    rows = pl.concat(history).filter(
-        (pl.col("k") == entity) & (pl.col(TIMESTAMP).dt.timestamp("us") <= at_us)
-    )
-    return None if rows.is_empty() else list(rows.drop("k", TIMESTAMP).row(-1))
+def by_entity(history: list[pl.DataFrame]) -> dict[str, tuple[list[int], list[Vector]]]:
+    """Where Feast looks: an entity's rows, with their times (microseconds), in order of time."""
+    found: dict[str, tuple[list[int], list[Vector]]] = {}
+    for frame in history:
+        at_us = frame[TIMESTAMP].dt.timestamp("us").to_list()
+        for at, entity, vector in zip(
+            at_us, frame["k"], frame.drop("k", TIMESTAMP).rows(), strict=True
+        ):
+            times, vectors = found.setdefault(entity, ([], []))
+            assert not times or times[-1] < at
+            times.append(at)
+            vectors.append(vector)
+    return found
 
 
 @settings(max_examples=40, deadline=None)
@@ -94,18 +103,18 @@ def test_the_newest_row_is_the_answer_at_each_multiple(
     events = sorted(events, key=lambda e: e.order)
     cuts = [len(events) * part // parts for part in range(parts + 1)]
     frames = [frame_of(view, events[a:b]) for a, b in pairwise(cuts)]
-    history = list(vector_history(view, frames, every))
+    rows = by_entity(list(vector_history(view, frames, every)))
     entities = {e.entity for e in events if e.entity is not None}
     for at_us in range(-60 // every * every, 400, every):
         for entity in entities:
             want = expected(view, events, entity, at_us)
-            found = told(history, entity, at_us) if history else None
-            if found is None:
+            times, vectors = rows.get(entity, ([], []))
+            if before := bisect_right(times, at_us):
+                numbers = [math.nan if one is None else one for one in vectors[before - 1]]
+                np.testing.assert_array_equal(np.array(numbers, np.float32), want)
+            else:
                 want_nothing = expected(view, [], entity, at_us)
                 np.testing.assert_array_equal(want, want_nothing)
-            else:
-                numbers = [math.nan if one is None else one for one in found]
-                np.testing.assert_array_equal(np.array(numbers, np.float32), want)
 
 
 def test_rows_come_only_where_something_changed() -> None:

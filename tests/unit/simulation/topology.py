@@ -12,9 +12,11 @@ import pickle
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 
 from causemesh.bus.base import Outbound, RawBatch
@@ -82,26 +84,43 @@ class PickleCodec:
     """Rows as pickles: the codec has tests of its own, the simulation wants speed."""
 
     async def decode(self, values: Sequence[bytes | None], reader: Mapping[str, Any]) -> Decoded:
-        name = reader["name"]
-        rows: list[tuple[Any, ...]] = []
-        good: list[int] = []
-        foreign: dict[str, list[int]] = {}
-        for number, value in enumerate(values):
-            kind, row = pickle.loads(value or b"")
-            if kind == name:
-                rows.append(row)
-                good.append(number)
-            else:
-                foreign.setdefault(f"causemesh.{kind}", []).append(number)
-        schema = {field["name"]: _DTYPES[field["name"]] for field in reader["fields"]}
-        frame = pl.DataFrame(rows, schema=schema, orient="row")
-        return Decoded(frame, np.array(good, dtype=np.int64), {}, foreign)
+        columns = tuple(field["name"] for field in reader["fields"])
+        frame, good, foreign = _decoded(tuple(values), reader["name"], columns)
+        return Decoded(frame, good, {}, {name: [*rows] for name, rows in foreign.items()})
 
     async def decode_log(self, raw: RawBatch, reader: Mapping[str, Any]) -> Decoded:
         return await self.decode(raw.values, reader)
 
     async def encoder(self, subject: str, schema: Mapping[str, Any]) -> _PickleEncoder:
         return _PickleEncoder(schema["name"])
+
+
+@cache
+def _empty(columns: tuple[str, ...]) -> pl.DataFrame:
+    return pl.DataFrame(schema={column: _DTYPES[column] for column in columns})
+
+
+@lru_cache(4096)
+def _decoded(
+    values: tuple[bytes | None, ...], record: str, columns: tuple[str, ...]
+) -> tuple[pl.DataFrame, npt.NDArray[np.int64], Mapping[str, Sequence[int]]]:
+    """What is good, where it lies, and what is foreign. Restarted workers read the same again."""
+    rows: list[tuple[Any, ...]] = []
+    good: list[int] = []
+    foreign: dict[str, list[int]] = {}
+    for number, value in enumerate(values):
+        kind, row = pickle.loads(value or b"")
+        if kind == record:
+            rows.append(row)
+            good.append(number)
+        else:
+            foreign.setdefault(f"causemesh.{kind}", []).append(number)
+    frame = _empty(columns)
+    if rows:
+        frame = pl.DataFrame(rows, schema=frame.schema, orient="row")
+    places = np.array(good, dtype=np.int64)
+    places.flags.writeable = False  # it is told again
+    return frame, places, foreign
 
 
 class _PickleEncoder:
@@ -147,6 +166,7 @@ def _watermark(topic: str, partition: int, at_us: int) -> bytes:
     return pickle.dumps(("Watermark", (topic, partition, _instant(at_us))))
 
 
+@cache
 def _instant(at_us: int) -> Any:
     return pl.Series([at_us], dtype=pl.Int64).cast(pl.Datetime("us", "UTC"))[0]
 

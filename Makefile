@@ -113,6 +113,7 @@ bench: bench-setup ## Measure beside peers, about 45 minutes on a quiet machine 
 	$(BIN)/python -m benchmarks.latency_vs_echo
 	$(BIN)/python -m benchmarks.predictions_vs_peers --rounds $(BENCH_ROUNDS)
 	$(BIN)/python -m benchmarks.usage_vs_postgres --rounds $(BENCH_ROUNDS)
+	$(BIN)/python -m benchmarks.transforms_vs_faust
 	$(BIN)/python -m benchmarks.mesh_cost_by_work
 	$(BIN)/python -m benchmarks.profiles
 	$(MAKE) --no-print-directory bench-docs

@@ -262,6 +262,7 @@ _BODIES: Mapping[str, Callable[[Result], Iterator[str]]] = {
     "latency": _latency,
     "predictions": _arms,
     "usage": _arms,
+    "transforms": _arms,
     "mesh": _mesh,
     "profiles": _profiles,
 }

@@ -165,6 +165,29 @@ aggregate nothing.
 
 """
 
+TRANSFORMS = """\
+A user's function on Faust: count and total by sensor, and one event of each reading. One partition
+of Avro readings in the embedded Kafka. Counted from the first reading taken to the last whose event
+and table the broker has acknowledged, not from a sixth on. Tables and events of every arm must sum
+to what was written, with one event a reading.
+
+Equal: topic, broker, machine, Faust and its version, the function and the table's values, Avro in
+and out.
+
+Not equal:
+- Ours brings the readings together by key on a topic of its own first, as inputs of several types
+  or by another key need it. Faust has its readings by key already in its first arm; the second
+  brings them together, too.
+- Ours writes with each event its id, cause, tenant and time, and with each table the causes that
+  were applied to it. It waits for its batches to be acknowledged, and looks its claim up in
+  Postgres, once for at most 500 events.
+- Faust alone commits the offset of an event whose agent raised, and of one whose table change may
+  not have reached the broker; after a crash events are lost to a table, or applied to it twice,
+  and what is sent again has nothing to be told by (ADR 15). Nothing crashes here, so nothing was
+  lost.
+
+"""
+
 MESH = """\
 The flights example, from raw events through features, predictions, reviews and drift to finalised
 invoices, and the lake's tables beside them; two partitions a topic, all servers and services on
@@ -197,6 +220,7 @@ SECTIONS = (
     ("latency", "Request to prediction", LATENCY),
     ("predictions", "Predictions", PREDICTIONS),
     ("usage", "Metered usage", USAGE),
+    ("transforms", "Custom transforms", TRANSFORMS),
     ("mesh", "The whole mesh", MESH),
     ("profiles", "Where the time goes", PROFILES),
 )

@@ -68,7 +68,7 @@ async def trace(home: Path, wanted: str, *, verify: bool) -> Traced:
             raise Misdeclared(f"no record of the log carries the id {wanted!r}")
         root = Step(wanted)
         for node in _first_of_each_topic(found):
-            root.below.append(await _both_ways(open_to, apis, node))
+            root.below.append(await both_ways(open_to, apis, node))
         return Traced(root)
 
 
@@ -135,7 +135,8 @@ def _first_of_each_topic(nodes: list[Node]) -> list[Node]:
     return list(firsts.values())
 
 
-async def _both_ways(open_to: Connections, apis: Apis, node: Node) -> Step:
+async def both_ways(open_to: Connections, apis: Apis, node: Node) -> Step:
+    """A record with its causes, down to what came from outside, and what it led to."""
     step = await _upwards(open_to, apis, node)
     inbox = node.topic.startswith("inbox.")
     for effect in [] if inbox else await open_to.tracer.effects(node):
@@ -149,14 +150,14 @@ async def _upwards(open_to: Connections, apis: Apis, node: Node) -> Step:
     chain = await open_to.tracer.causes(node)
     for before, cause in zip([node, *chain], chain, strict=False):
         if _TASK in before.record:
-            step.below.append(_raw_events(apis, before, cause))
+            step.below.append(await _raw_events(open_to, apis, before, cause))
         below = Step(f"because of {cause.place}", _facts(cause))
         step.below.append(below)
         step = below
     return root
 
 
-def _raw_events(apis: Apis, task: Node, request: Node) -> Step:
+async def _raw_events(open_to: Connections, apis: Apis, task: Node, request: Node) -> Step:
     """The vector of a task recomputed from the log, with the newest events behind each view."""
     with apis.client("inference") as api:
         versions = api.get(f"/v1/models/{task.record['model']}/versions").json()
@@ -182,11 +183,21 @@ def _raw_events(apis: Apis, task: Node, request: Node) -> Step:
     for view, behind in found["events"].items():
         facts = {"entity": behind["entity"], "events": behind["events"]}
         below = Step(f"view {view}", facts)
-        below.below = [
-            Step(f"{one['topic']}[{one['partition']}]@{one['position']}")
-            for one in behind["newest"][-2:]
-        ]
+        below.below = [await _event(open_to, one) for one in behind["newest"][-2:]]
         step.below.append(below)
+    return step
+
+
+async def _event(open_to: Connections, place: Mapping[str, Any]) -> Step:
+    """An event behind a view; one that a transform made with the events behind it."""
+    topic, at = place["topic"], (place["partition"], place["position"])
+    step = Step(f"{topic}[{at[0]}]@{at[1]}")
+    if topic.removeprefix("events.") in open_to.catalogue.transforms:
+        node = await open_to.tracer.at(topic, *at)
+        below = step
+        for cause in await open_to.tracer.causes(node) if node is not None else []:
+            below.below.append(Step(f"because of {cause.place}", _facts(cause)))
+            below = below.below[0]
     return step
 
 
@@ -198,11 +209,11 @@ def _same(logged: float, recomputed: float | None) -> bool:
 
 def _facts(node: Node) -> dict[str, Any]:
     """The fields of a record worth a line: no envelope twice, no bytes."""
-    hidden = ("cause", "vector", "original_key", "original_value", "columns", "reference")
+    hidden = ("cause", "columns", "reference")
     return {
         name: value
         for name, value in node.record.items()
-        if name not in hidden and value is not None
+        if name not in hidden and value is not None and not isinstance(value, bytes)
     }
 
 

@@ -6,7 +6,7 @@ import asyncio
 import json
 import random
 import shutil
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -186,12 +186,16 @@ def readings(rng: random.Random, from_us: int, until_us: int, first: int, count:
 
 
 class Recomputed:
-    """The vectors by the events' log alone, one entity and one instant after another."""
+    """The vectors by the events' log alone, one entity and one instant after another.
 
-    def __init__(self, events: pl.DataFrame) -> None:
+    All views are of the one event type whose log `events` is.
+    """
+
+    def __init__(self, events: pl.DataFrame, views: Mapping[str, FeatureView] = VIEWS) -> None:
+        self._views = views
         self._events = {
             (view.id, entity): found
-            for view in VIEWS.values()
+            for view in views.values()
             for entity, found in _by_entity(view, events)
         }
 
@@ -202,7 +206,7 @@ class Recomputed:
 
     def vector(self, view: str, entity: str, as_of_us: int) -> bytes:
         """As it must have been published."""
-        declared = VIEWS[view]
+        declared = self._views[view]
         # no answer looks further back; the plain recomputation is quadratic in the events
         reach_us = 2 * max(declared.tiles * declared.tile_us, declared.retention_us or 0)
         events = [

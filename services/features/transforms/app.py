@@ -15,13 +15,13 @@ import fastavro
 import structlog
 
 from causemesh.catalogue import DEADLETTERS
-from causemesh.codec.rows import RowEncoder
 from causemesh.codec.wire import HEADER_BYTES, header
 from causemesh.derived import Transform, require_faust
 from causemesh.errors import MeshError, Misdeclared
 from causemesh.runner import Limits, Stage
 from causemesh.service import Service, open_service, run_process
 from services.features.transforms.applying import Applier
+from services.features.transforms.encoding import OutputEncoder, RecordEncoder
 from services.features.transforms.feed import Feed
 from services.features.transforms.loading import Function, load_function
 from services.features.transforms.rows import Row
@@ -86,7 +86,7 @@ async def _serve(
         output_id = await service.registry.register(output.subject, output.record)
         subject = catalogue.topic(transform.state).subject
         await service.registry.register(subject, state.record)
-        encode = RowEncoder(output.record, output_id).encode
+        encode = OutputEncoder(output.record, output_id).encode
         function = functions[transform.name]
         table = stream.table(transform)
         worker = TransformWorker(
@@ -98,7 +98,7 @@ async def _serve(
             producer=producer,
             emitter=emitter,
             fence=service.store,
-            rows=RowEncoder(state.record, state_id),
+            rows=RecordEncoder(state.record, state_id),
             clock=service.clock,
             count=lambda kind, name, number: outcomes.labels(kind, name).inc(number),
         )

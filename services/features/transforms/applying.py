@@ -10,12 +10,12 @@ from typing import Any
 
 from causemesh.derived import Transform
 from causemesh.runner.emitter import event_ids
+from services.features.transforms.encoding import ENVELOPE
 from services.features.transforms.loading import Event, Function
 from services.features.transforms.rows import Mark, Row, Source, Table, row_key, stored_form
 
 MAX_OUTPUTS = 1_000
 MAX_OUTPUT_BYTES = 1_048_576
-_OURS = frozenset(["event_id", "tenant_id", "occurred_at", "cause"])
 _SHOWN = 500
 Encode = Callable[[Mapping[str, Any]], bytes]
 """A whole record of the output, framed. Raises ValueError for one that does not fit."""
@@ -100,7 +100,7 @@ class Applier:
     def _record(
         self, partition: int, given: Given, index: int, fields: dict[str, Any]
     ) -> tuple[bytes | None, bytes]:
-        ours = sorted(_OURS & set(fields))
+        ours = sorted(ENVELOPE & set(fields))
         if ours:
             raise ValueError(f"{ours} are set by the mesh")
         feed = self._transform.feed

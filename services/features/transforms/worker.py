@@ -15,7 +15,6 @@ from causemesh.bus.partitioner import partitions_of
 from causemesh.catalogue import NO_TENANT, Catalogue
 from causemesh.clock import Clock
 from causemesh.codec.base import BatchDecoder
-from causemesh.codec.rows import RowEncoder
 from causemesh.derived import Transform
 from causemesh.errors import Fenced, Retryable
 from causemesh.faultpoints import Point, reach
@@ -27,6 +26,7 @@ from causemesh.runner.intake import Intake
 from causemesh.runner.marks import HighWaterMarks
 from causemesh.runner.watermarks import WatermarkTracker
 from services.features.transforms.applying import Applied, Applier, Given
+from services.features.transforms.encoding import RecordEncoder
 from services.features.transforms.loading import Event
 from services.features.transforms.rows import Row, progress_key
 
@@ -90,7 +90,7 @@ class TransformWorker:
         producer: Producer,
         emitter: Emitter,
         fence: PositionStore,
-        rows: RowEncoder,
+        rows: RecordEncoder,
         clock: Clock,
         count: Count,
     ) -> None:
@@ -222,10 +222,12 @@ class TransformWorker:
     def _stored(self, number: int, rows: Mapping[bytes, Row], at_us: int) -> Outbound:
         """The rows as one batch for the changelog, the partition's own row last."""
         feed, state = self.transform.feed, self.transform.state
+        own = progress_key(number)
+        sequences = [row.sequence for row in rows.values()]
+        indexes = [int(key == own) for key in rows]  # it shares its position with a table
+        ids = event_ids(state, feed, number, sequences, indexes)
         values = []
-        for key, row in rows.items():
-            index = int(key == progress_key(number))  # it shares its position with a table
-            (event_id,) = event_ids(state, feed, number, [row.sequence], [index])
+        for event_id, index, row in zip(ids, indexes, rows.values(), strict=True):
             cause = {"topic": feed, "partition": number, "position": row.sequence, "index": index}
             envelope = {
                 "event_id": event_id,

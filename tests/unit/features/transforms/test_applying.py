@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from causemesh.codec.rows import RowEncoder
 from causemesh.derived import Transform
 from services.features.transforms.applying import MAX_OUTPUTS, Applied, Applier, Given
+from services.features.transforms.encoding import OutputEncoder
 from services.features.transforms.loading import Event
 from services.features.transforms.rows import Row, row_key, stored_form
 
@@ -58,7 +59,7 @@ def transform(scope: Any = "shared") -> Transform:
 
 
 def applier(function: Any = totals, scope: Any = "shared", timeout_s: float = 5.0) -> Applier:
-    return Applier(transform(scope), function, RowEncoder(RECORD, 7).encode, timeout_s)
+    return Applier(transform(scope), function, OutputEncoder(RECORD, 7).encode, timeout_s)
 
 
 def paid(position: int, who: str, amount: int, **more: Any) -> Given:
@@ -203,3 +204,19 @@ def test_a_table_is_json() -> None:
     assert stored_form({"ü": [1, None, "x"]}) == '{"ü":[1,null,"x"]}'
     with pytest.raises(ValueError, match="JSON"):
         stored_form({"x": float("nan")})
+
+
+@given(total=st.integers(-(2**70), 2**70), who=st.text(max_size=5), position=st.integers(0, 2**62))
+def test_an_output_is_framed_as_any_record_is(total: int, who: str, position: int) -> None:
+    """What looks at the user's fields alone writes, and refuses, what the kit's encoder does."""
+    cause = {"topic": "t", "partition": 1, "position": position, "index": 0, "origin": None}
+    envelope = {"event_id": "e", "tenant_id": "t", "occurred_at": BEGIN, "cause": cause}
+    record = {**envelope, "who": who, "total": total}
+    assert framed(OutputEncoder(RECORD, 7), record) == framed(RowEncoder(RECORD, 7), record)
+
+
+def framed(encoder: RowEncoder | OutputEncoder, record: dict[str, Any]) -> bytes | str:
+    try:
+        return encoder.encode(record)
+    except ValueError as error:
+        return str(error)

@@ -104,11 +104,13 @@ feast-check: $(STAMP) $(FEAST_STAMP) ## Views to a real Feast and back, answers 
 
 bench-setup: $(STAMP) $(BENCH_STAMP) $(FEAST_STAMP)
 
-bench: bench-setup ## Measure beside peers, about 45 minutes on a quiet machine (BENCH_ROUNDS=5; needs a JDK 17, redis-server)
+bench: bench-setup ## Measure beside peers, about an hour on a quiet machine (BENCH_ROUNDS=5; needs a JDK 17, redis-server)
 	$(BIN)/python -m benchmarks.features_vs_peers --rounds $(BENCH_ROUNDS)
 	$(BIN)/python -m benchmarks.windows_vs_peers
 	$(BIN)/python -m benchmarks.join_vs_feast
 	$(BIN)/python -m benchmarks.cost_by_entities
+	$(BIN)/python -m benchmarks.feature_checkpoints
+	$(BIN)/python -m benchmarks.backfill
 	$(BIN)/python -m benchmarks.lake_from_kafka
 	$(BIN)/python -m benchmarks.latency_vs_echo
 	$(BIN)/python -m benchmarks.predictions_vs_peers --rounds $(BENCH_ROUNDS)
@@ -136,6 +138,8 @@ lock-images: $(STAMP) ## Pin what the images install, to the versions of require
 	$(IMAGE_LOCK) pyproject.toml --output-file requirements/runtime.txt
 	$(IMAGE_LOCK) --extra inference pyproject.toml --output-file requirements/inference.txt
 	$(IMAGE_LOCK) --extra billing pyproject.toml --output-file requirements/billing.txt
+	$(LOCK) --no-deps --no-annotate --constraint requirements/dev.txt requirements/objects.in \
+	  --output-file requirements/objects.txt
 	$(LOCK) requirements/build.in --output-file requirements/build.txt
 	$(LOCK) --no-deps --no-annotate requirements/triton-image.in --output-file requirements/triton-image.txt
 

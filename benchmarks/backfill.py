@@ -265,7 +265,7 @@ def main(asked_for: Sequence[str] | None = None) -> None:
         about = {"records": records, "files": year.files, "partitions": PARTITIONS}
         save(
             "backfill",
-            {"backfill": table(arms, found)},
+            {"arms": table(arms, found)},
             about=about,
             of=versions("polars", "pyarrow", "pyiceberg", "numpy"),
         )

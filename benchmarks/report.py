@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cost_plot
+from benchmarks import cost_plot, report_features
 from benchmarks.harness import RESULTS
 from benchmarks.report_text import HEAD, SECTIONS, TARGETS, Target
 
@@ -54,10 +54,10 @@ def _targets() -> str:
 
 
 def _measured(target: Target, result: Result, rates: Mapping[str, float]) -> tuple[str, bool]:
-    if target.most_ms is not None:
+    if target.most is not None:
         (arm,) = (one for one in result["arms"] if one["name"] == target.ours)
-        value = float(arm["figures"]["p99_ms"]["median"])
-        return f"{value:.2f} ms", value <= target.most_ms
+        value = float(arm["figures"][target.figure]["median"])
+        return f"{value:,.{target.digits}f} {target.unit}", value <= target.most
     value = rates[target.ours] / (rates[target.peer] if target.peer else 1)
     return f"{value:.2f} x" if target.peer else f"{value:,.0f}/s", value >= target.least
 
@@ -115,6 +115,14 @@ def _entities(result: Result) -> Iterator[str]:
         )
     yield f"\n![Cost against entities]({ENTITIES_PLOT.name})\n"
     yield _where(result)
+
+
+def _with_where(body: Callable[[Result], Iterator[str]]) -> Callable[[Result], Iterator[str]]:
+    def lines(result: Result) -> Iterator[str]:
+        yield from body(result)
+        yield "\n" + _where(result)
+
+    return lines
 
 
 def _settings(rows: Sequence[Result]) -> Iterator[str]:
@@ -258,6 +266,8 @@ _BODIES: Mapping[str, Callable[[Result], Iterator[str]]] = {
     "windows": _arms,
     "join": _join,
     "entities": _entities,
+    "checkpoints": _with_where(report_features.checkpoints),
+    "backfill": _with_where(report_features.backfill),
     "lake_from_kafka": _arms,
     "latency": _latency,
     "predictions": _arms,

@@ -53,6 +53,12 @@ class Pieced(Protocol):
         """What was last taken (by `snapshot`, `delta` or `piece`) is committed."""
 
 
+def missing_of(processor: object) -> list[str]:
+    """The names of `Pieced` that a processor lacks, in order."""
+    named = [name for name in vars(Pieced) if not name.startswith("_")]
+    return [name for name in named if not hasattr(processor, name)]
+
+
 class Snapshots(Protocol):
     """State that can be written whole; see `Processor`."""
 

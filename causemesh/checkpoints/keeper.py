@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 
 import structlog
 
-from causemesh.checkpoints.base import Encode, Pieced, Snapshots
+from causemesh.checkpoints.base import Encode, Pieced, Snapshots, missing_of
 from causemesh.checkpoints.files import CheckpointFiles
 from causemesh.checkpoints.manifest import Manifest, is_manifest
 from causemesh.checkpoints.planning import chosen_pieces, earned, present, resumed
 from causemesh.checkpoints.storing import PartitionFiles
-from causemesh.errors import Fatal, Retryable
+from causemesh.errors import Fatal, Misdeclared, Retryable
 
 _REST = 25
 """A checkpoint in files may take one part in so many of the process's time on a processor ..."""
@@ -64,7 +64,11 @@ class Save:
 
 
 class StateKeeper:
-    """Between a worker and its processor's state. One save at a time, all calls from one task."""
+    """Between a worker and its processor's state. One save at a time, all calls from one task.
+
+    Raises Misdeclared when files are set for a processor that is not `Pieced`: all its state would
+    go to the row, however large.
+    """
 
     def __init__(
         self,
@@ -72,9 +76,15 @@ class StateKeeper:
         settings: CheckpointSettings | None = None,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
+        missing = missing_of(processor)
+        if settings is not None and missing:
+            raise Misdeclared(
+                f"checkpoints in files are set, but {type(processor).__name__} has no"
+                f" {', '.join(missing)}: see causemesh.checkpoints.Pieced"
+            )
         self._processor = processor
         self._pieced = processor if isinstance(processor, Pieced) else None
-        self._settings = settings if self._pieced is not None else None
+        self._settings = settings
         self._monotonic = monotonic
         self._place: PartitionFiles | None = None
         self._committed: Manifest | None = None

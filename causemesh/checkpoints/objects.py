@@ -28,8 +28,17 @@ def open_files(uri: str) -> CheckpointFiles:
             raise Misdeclared(f"{uri} names no folder of this machine: write file:///folder")
         return LocalFiles(Path(unquote(parts.path)))
     if find_spec("pyarrow") is None:
-        raise Misdeclared(f"{uri} needs pyarrow; install it with: pip install 'causemesh[lake]'")
+        raise Misdeclared(
+            f"{told(uri)} needs pyarrow: pip install 'causemesh[lake]', or an image that was built"
+            " with EXTRA=objects (deploy/compose/objects.yml)"
+        )
     return ObjectFiles(uri)
+
+
+def told(uri: str) -> str:
+    """A URI for logs, without the keys that may be in it."""
+    parts = urlsplit(uri)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 class ObjectFiles:
@@ -39,9 +48,7 @@ class ObjectFiles:
         import pyarrow as pa  # noqa: PLC0415 - an extra
         from pyarrow import fs  # noqa: PLC0415
 
-        parts = urlsplit(uri)
-        # keys may be in it, and this goes to logs
-        self.root = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        self.root = told(uri)
         try:
             self._system, self._folder = fs.FileSystem.from_uri(uri)
         except (pa.ArrowInvalid, ValueError) as error:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import random
 import shutil
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -147,12 +147,14 @@ async def until(condition: Callable[[], Awaitable[Any]], timeout_s: float = 60) 
 
 
 @asynccontextmanager
-async def opened(home: Path, **settings: str) -> AsyncIterator[FeatureMesh]:
+async def opened(
+    home: Path, services: Sequence[str] = ("ingest", "features"), **settings: str
+) -> AsyncIterator[FeatureMesh]:
     """Fresh servers and services under `home`; stopped at the end."""
     prepare(home)
     cluster = Cluster(home)
     endpoints = await asyncio.to_thread(cluster.up)
-    mesh = Mesh(home, endpoints, home / "project", ["ingest", "features"])
+    mesh = Mesh(home, endpoints, home / "project", services)
     mesh.extra = {"CAUSEMESH_PARTITIONS": str(PARTITIONS), **settings}
     made = FeatureMesh(home, mesh, cluster)
     try:

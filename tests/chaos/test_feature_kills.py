@@ -21,7 +21,6 @@ from tests.chaos.feature_mesh import (
     HOUR_US,
     PARTITIONS,
     TENANT,
-    VECTORS,
     VIEWS,
     FeatureMesh,
     Recomputed,
@@ -30,49 +29,12 @@ from tests.chaos.feature_mesh import (
     shown,
     until,
 )
+from tests.chaos.feature_replay import SETTINGS, Replay, last_vectors, rows_committed, settled
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(420)]
 HOME = Path(".causemesh-test-chaos-features")
 SEED = int(os.environ.get("CHAOS_SEED") or random.randrange(2**32))
 KILLS = int(os.environ.get("CHAOS_KILLS", "20"))
-MINUTE_US = HOUR_US // 60
-SPAN_US = 10 * MINUTE_US
-COUNT = 120  # events of a span
-SETTINGS = {
-    "CAUSEMESH_CHECKPOINT_INLINE_KB": "0",
-    "CAUSEMESH_COMMIT_EVERY_UNITS": "1",
-    "CAUSEMESH_COMMIT_EVERY_S": "0.05",
-    "CAUSEMESH_PUBLISH_SECONDS": "0.1",
-}
-
-
-class Replay:
-    """Sends spans of event time, one after the other, while features is killed."""
-
-    def __init__(self, mesh: FeatureMesh, rng: random.Random) -> None:
-        self._mesh = mesh
-        self._rng = rng
-        self.sent = 0
-        self.until_us = 24 * HOUR_US
-        self._stop = asyncio.Event()
-
-    async def run(self) -> None:
-        """Until `stop`."""
-        while not self._stop.is_set():
-            await self.span()
-            await asyncio.sleep(0.1)
-
-    async def span(self) -> None:
-        """One span, and the watermark behind it."""
-        until_us = self.until_us + SPAN_US
-        rows = readings(self._rng, self.until_us, until_us, self.sent, COUNT)
-        await self._mesh.send(rows, until_us)
-        self.sent += COUNT
-        self.until_us = until_us
-
-    def stop(self) -> None:
-        """After the span in progress."""
-        self._stop.set()
 
 
 # More often, and the supervisor takes it for a service that can't start (five in 20 s), and stops.
@@ -97,29 +59,6 @@ async def killed(mesh: FeatureMesh, rng: random.Random) -> None:
         return all(row.committed_at > at[row.partition] for row in await mesh.rows())
 
     await until(committed)
-
-
-async def settled(mesh: FeatureMesh, until_us: int) -> None:
-    """Until every partition has committed the last watermark."""
-
-    async def all_committed() -> bool:
-        return all(row.watermark_us == until_us for row in await mesh.rows())
-
-    await until(all_committed)
-
-
-async def last_vectors(mesh: FeatureMesh, until_us: int) -> list[tuple[str, str, int, bytes]]:
-    """Each entity's record with the highest sequence, once the last ones are published."""
-
-    async def published() -> bool:
-        records = await mesh.log(VECTORS)
-        return int(records["sequence"].to_numpy().max()) == until_us
-
-    await until(published)
-    await asyncio.sleep(1.0)  # the other partition may be a little behind
-    records = (await mesh.log(VECTORS)).sort("sequence", maintain_order=True)
-    last = records.group_by("view", "entity", maintain_order=True).last()
-    return last.select("view", "entity", "sequence", "vector").rows()
 
 
 async def asked(mesh: FeatureMesh, view: str, entity: str, as_of_us: int) -> bytes | None:
@@ -227,11 +166,6 @@ async def test_vectors_after_many_kills_are_those_of_a_clean_recomputation() -> 
         await check_files(mesh)
         await check_altered_file(mesh)
         await check_files(mesh)
-
-
-async def rows_committed(mesh: FeatureMesh) -> bool:
-    """Whether every partition has a checkpoint."""
-    return len(await mesh.rows()) == PARTITIONS
 
 
 def test_control_a_vector_that_misses_an_event_is_found() -> None:

@@ -66,3 +66,19 @@ def test_the_gpu_overlay_adds_the_devices() -> None:
     (device,) = overlaid["reservations"]["devices"]
     assert (device["driver"], device["capabilities"], device["count"]) == ("nvidia", ["gpu"], -1)
     assert overlaid["limits"]["cpus"] == plain["limits"]["cpus"]
+
+
+def test_the_overlay_of_object_storage_changes_features_alone() -> None:
+    files = ("-f", "docker-compose.yml", "-f", "deploy/compose/objects.yml")
+    place = "s3://bucket/folder?region=eu-central-1"
+    plain = model()["services"]
+    overlaid = model(*files, CAUSEMESH_CHECKPOINTS=place)["services"]
+    features = overlaid.pop("features")
+    assert features["environment"]["CAUSEMESH_CHECKPOINTS"] == place
+    assert features["build"]["args"] == {"SERVICE": "features", "EXTRA": "objects"}
+    told = {one["source"] for one in features["secrets"]}
+    assert told >= {"causemesh_api_token", "aws_access_key_id", "aws_secret_access_key"}
+    assert overlaid == {name: one for name, one in plain.items() if name != "features"}
+    untold = compose(*EXAMPLE, *files, "config", "--quiet")
+    assert untold.returncode != 0
+    assert "say where, such as s3://" in untold.stderr

@@ -12,13 +12,17 @@ import re
 import tomllib
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 import yaml
 
 from causemesh.catalogue import SERVICES
+from causemesh.checkpoints import open_files
+from causemesh.errors import Retryable
 from causemesh.settings import API_PORTS, ServiceSettings
 
 ROOT = Path(__file__).parents[2]
@@ -245,15 +249,76 @@ def test_the_gpu_overlay_reserves_devices_for_triton_alone() -> None:
     assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
 
 
+def test_the_overlay_of_object_storage_adds_the_library_the_place_and_the_keys() -> None:
+    overlay = yaml.safe_load((DEPLOY / "compose" / "objects.yml").read_text())
+    assert overlay["services"].keys() == {"features"}
+    features, base = overlay["services"]["features"], document()["services"]["features"]
+    assert features["image"] == f"{base['image']}-objects"
+    assert features["build"] == {"args": {"EXTRA": "objects"}}
+    assert features["environment"].keys() == {"CAUSEMESH_CHECKPOINTS"}
+    assert set(features["secrets"]) == set(overlay["secrets"]) == set(KEYS)
+    asked = re.findall(r"/requirements/\$\{EXTRA\}\.txt", (DEPLOY / "Dockerfile").read_text())
+    assert len(asked) == 1
+    copied = re.findall(r"^COPY requirements/.*", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)
+    assert any("requirements/objects.txt" in line for line in copied)
+    assert set(pins("objects.txt")) == {"pyarrow"}
+    assert "pyarrow" not in pins("runtime.txt"), "the images without it are that much lighter"
+
+
+KEYS = {"aws_access_key_id": "KEYFROMAFILE", "aws_secret_access_key": "a secret"}
+
+
+def test_object_storage_is_asked_with_the_keys_of_the_secrets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the container: files of secrets, then settings, then a signed request."""
+    for name, value in KEYS.items():
+        (tmp_path / name).write_text(f"{value}\n")
+        monkeypatch.delenv(name.upper(), raising=False)
+    asked: list[str] = []
+
+    class Storage(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(self.headers["Authorization"])
+            self.rfile.read(int(self.headers["Content-Length"] or 0))
+            self.send_response(403)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_PUT = do_HEAD = do_POST
+
+        def log_message(self, format: str, *args: object) -> None: ...
+
+    for name, value in script("container/start.py").with_secrets({}, tmp_path).items():
+        monkeypatch.setenv(name, value)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Storage) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        place = f"region=eu-central-1&scheme=http&endpoint_override=127.0.0.1:{server.server_port}"
+        files = open_files(f"s3://bucket/folder?{place}")
+        with pytest.raises(Retryable):
+            files.write("g/0/a", b"content")
+        server.shutdown()
+    assert asked
+    assert all(f"Credential={KEYS['aws_access_key_id']}/" in one for one in asked)
+
+
 def test_image_locks_pin_what_the_tests_run_on() -> None:
     """The same versions as requirements/dev.txt, all hashed, and no registry's name."""
     tested = pins("dev.txt")
     runtime, inference, billing = map(pins, ("runtime.txt", "inference.txt", "billing.txt"))
     for found in (runtime, inference, billing):
         assert runtime.items() <= found.items() <= tested.items()
+    assert pins("objects.txt").items() <= tested.items()
     assert "stripe" in billing.keys() - inference.keys()
     assert "tritonclient" in inference.keys() - billing.keys()
-    for name in ("runtime.txt", "inference.txt", "billing.txt", "build.txt", "triton-image.txt"):
+    for name in (
+        "runtime.txt",
+        "inference.txt",
+        "billing.txt",
+        "objects.txt",
+        "build.txt",
+        "triton-image.txt",
+    ):
         text = (ROOT / "requirements" / name).read_text()
         assert "://" not in text, name
         assert len(pins(name)) == len(re.findall(r"==\S+.*\\\n +--hash=sha256:", text)), name

@@ -88,6 +88,7 @@ def test_the_place_is_a_folder_or_a_uri(tmp_path: Path, monkeypatch: pytest.Monk
         with pytest.raises(Misdeclared):
             open_files(wrong)
     monkeypatch.setattr(objects, "find_spec", lambda _: None)
-    with pytest.raises(Misdeclared, match=r"causemesh\[lake\]"):
-        open_files("s3://bucket/folder")
+    with pytest.raises(Misdeclared, match=r"causemesh\[lake\].* EXTRA=objects") as refused:
+        open_files("s3://key:secret@bucket/folder")
+    assert str(refused.value).startswith("s3://bucket/folder needs pyarrow")
     assert open_files((tmp_path / "x").as_uri()).root == (tmp_path / "x").as_uri()

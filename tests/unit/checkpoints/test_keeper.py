@@ -10,7 +10,7 @@ import pytest
 from causemesh.bus.memory import no_step
 from causemesh.checkpoints import CheckpointSettings, Save, StateKeeper, keeper, planning
 from causemesh.checkpoints.manifest import Manifest, is_manifest
-from causemesh.errors import Fatal, Fenced, Retryable
+from causemesh.errors import Fatal, Fenced, Misdeclared, Retryable
 from causemesh.faultpoints import Point, arm
 from causemesh.positions import Checkpoint, MemoryPositionStore, Unit
 from causemesh.runner import PartitionWorker
@@ -19,6 +19,7 @@ from tests.unit.checkpoints.memory import MemoryFiles
 
 GROUP = "ledger"
 FOLDER = "ledger/00000"
+PIECED = ("pieces", "piece", "track", "replaced", "delta", "apply", "applied", "committed")
 
 
 async def taken(kept: StateKeeper) -> bytes:
@@ -193,6 +194,40 @@ async def test_a_manifest_where_no_files_are_set_is_refused() -> None:
     state = await saved(MemoryFiles())
     with pytest.raises(Fatal, match="set CAUSEMESH_CHECKPOINTS"):
         await StateKeeper(Ledger()).restore(state, GROUP, 0, 2)
+
+
+class Whole:
+    """Knows no pieces."""
+
+    def snapshot(self) -> bytes | None:
+        return b"all of it"
+
+    def restore(self, state: bytes | None) -> None: ...
+
+
+@pytest.mark.parametrize("name", PIECED)
+def test_a_processor_that_lacks_a_part_is_refused_by_the_part_s_name(name: str) -> None:
+    """Else its state, however large, would go to the row in silence."""
+
+    class Lacking(Ledger):
+        def __getattribute__(self, asked: str) -> Any:
+            if asked == name:
+                raise AttributeError(asked)
+            return super().__getattribute__(asked)
+
+    settings = CheckpointSettings(MemoryFiles(), 0)
+    with pytest.raises(Misdeclared, match=rf"Lacking has no {name}: see"):
+        StateKeeper(Lacking(), settings)
+    StateKeeper(Lacking())
+    StateKeeper(Ledger(), settings)
+
+
+async def test_a_processor_without_pieces_lies_in_the_row_and_only_there() -> None:
+    with pytest.raises(Misdeclared, match=f"Whole has no {', '.join(PIECED)}: see"):
+        StateKeeper(Whole(), CheckpointSettings(MemoryFiles(), 0))
+    kept = StateKeeper(Whole())
+    await kept.restore(None, GROUP, 0, 1)
+    assert await taken(kept) == b"all of it"
 
 
 async def commit(store: MemoryPositionStore, claim: Any, state: bytes | None) -> None:

@@ -21,11 +21,13 @@ from causemesh.codec.columns import frame_schema
 from causemesh.runner import NEVER, Batch
 from services.features.domain.models import UNRESOLVED
 from services.features.domain.parsing import parse_views
-from services.features.handlers import Join, Rekey
+from services.features.handlers import Join
 from services.features.lateness import LATE
 from services.features.plan import REQUESTS, ROLLOUTS, VERSIONS, Plan, tasks_topic
 from services.features.publishing import VECTORS
+from services.features.rekey import Rekey
 from services.features.rekeying import INPUTS
+from services.features.requests import packed_inputs
 from tests.unit.features.reference import Event, expected
 
 MS = 1_000
@@ -287,11 +289,11 @@ async def test_few_requests_are_packed_as_many_are() -> None:
     ]
     inputs = pl.Series(rows, dtype=pl.List(pl.Struct({"name": pl.String, "value": pl.Float64})))
     signatures = pl.Series(names)
-    many = processor._packed_inputs(signatures, inputs).to_list()
+    many = packed_inputs(processor.book, signatures, inputs).to_list()
     few = [
         row
         for at in range(0, 300, 5)
-        for row in processor._packed_inputs(signatures[at : at + 5], inputs[at : at + 5])
+        for row in packed_inputs(processor.book, signatures[at : at + 5], inputs[at : at + 5])
     ]
     assert few == many
     assert {len(one) for one in many} == {0, 4}

@@ -17,7 +17,7 @@ from services.features.backfill.book import Backfills, Ends, Positions
 from services.features.domain.models import UNRESOLVED, ModelBook
 from services.features.domain.snapshots import pack, unpack_blobs
 from services.features.domain.state import PartitionState
-from services.features.lateness import Missed, missed_records
+from services.features.lateness import Late, late_records, tells
 from services.features.plan import REQUESTS, ROLLOUTS, VERSIONS, Plan
 from services.features.publishing import VectorPublisher
 from services.features.reading import JoinReader, Placed
@@ -186,17 +186,28 @@ class Join:
         self._publisher.touch(self.backfills.offered(rows))
 
     def _add(self, batch: Batch, events: Sequence[Placed]) -> list[Outgoing]:
-        """Take what was read of a batch; returns what came too late, as records."""
+        """Take what was read of a batch; returns what came late, as records."""
         self._publisher.heard(batch)
-        missed = []
+        late = []
         for view, found, positions in events:
-            late = self.state.add_view_events(view.id, found)
-            if len(late):
-                number = self._plan.views.index(view)
-                missed.append(Missed(view, number, found.take(late), positions[late]))
-                self._count("events_missed", view.id, len(late))
+            behind = self.state.add_view_events(view.id, found)
+            if len(behind) and tells(self.partition, batch, self._partitions):
+                late.append(Late(view, found, positions, behind))
+        return [self._told(batch, late)] if late else []
+
+    def _told(self, batch: Batch, late: Sequence[Late]) -> Outgoing:
+        """The records of late events, which are counted by view and by what came of them."""
+        for one in late:
+            taken = int(one.behind.taken.sum())
+            for kind, number in (
+                ("events_missed", len(one.behind) - taken),
+                ("events_taken_late", taken),
+            ):
+                if number:
+                    self._count(kind, one.view.id, number)
         until_us = self.state.aligner.applied_until_us
-        return [missed_records(batch, missed, until_us)] if missed and until_us is not None else []
+        assert until_us is not None, "before any time was applied no event is late"
+        return late_records(batch, late, until_us)
 
     def _read(self, batch: Batch) -> tuple[list[Placed], dict[int, str]]:
         found, bad = self._reader.read(batch)

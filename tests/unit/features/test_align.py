@@ -410,6 +410,35 @@ def test_a_late_event_counts_from_the_next_slice_on_for_whoever_asks(restarted: 
     assert [one for one in counted if one[0]] == [(1, 1.0), (2, 1.0), (3, 0.0), (4, 1.0), (5, 0.0)]
 
 
+def test_late_events_that_wait_are_in_what_changed() -> None:
+    """Late and then nothing applied, applied and then late, and late and then applied."""
+    state = partition()
+    state.advance(20_000)
+    state.track()
+    saved = [state.piece(name)() for name in state.pieces()]
+    for step in (
+        lambda: state.add_events("departed", departures(18)),
+        lambda: (state.advance(30_000), state.add_events("departed", departures(25, first=1))),
+        lambda: (
+            state.add_events("departed", departures(28, first=2)),
+            state.advance(40_000),
+            state.add_events("departed", departures(39, first=3)),
+        ),
+    ):
+        step()
+        saved.append(state.changes()())
+    restored = partition()
+    for part in saved:
+        restored.apply_part(part)
+    assert restored.settle() == []
+    found = []
+    for one in (state, restored):
+        one.add_requests(requests(45, 55))
+        one.advance(50_000)
+        found.append(counts(one.ready()))
+    assert found[0] == found[1] == [(0, 3.0), (1, 4.0)]
+
+
 def test_poison_is_raised_before_anything_is_kept() -> None:
     state = partition()
     good, bad = departures(1), departures(2, delay=float("inf"))

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from causemesh.errors import Misdeclared, Poison
 from services.features.domain.definitions import FeatureView
+from services.features.domain.engine import ViewState
 from services.features.domain.failures import DefinitionError
 from services.features.domain.parsing import parse_views
 from services.features.domain.state import PartitionState
@@ -408,6 +409,18 @@ def test_a_late_event_counts_from_the_next_slice_on_for_whoever_asks(restarted: 
     state.advance(30_000)
     counted = counts(state.ready())
     assert [one for one in counted if one[0]] == [(1, 1.0), (2, 1.0), (3, 0.0), (4, 1.0), (5, 0.0)]
+
+
+def test_a_past_s_own_events_behind_what_was_applied_do_not_wait() -> None:
+    """Nobody was answered without them."""
+    state = partition()
+    state.advance(20_000)
+    (view, _) = VIEWS
+    ahead = state.store.read("departed", departures(18, 25))[view.id]
+    state.take_over(view.id, ViewState(view), ahead)
+    state.add_requests(requests(25, 31))
+    state.advance(30_000)
+    assert counts(state.ready()) == [(0, 1.0), (1, 2.0)]
 
 
 def test_late_events_that_wait_are_in_what_changed() -> None:

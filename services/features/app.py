@@ -17,12 +17,13 @@ from services.features.domain.feature_store import FeatureStore
 from services.features.domain.parsing import parse_views
 from services.features.domain.transforms import parse_transforms
 from services.features.explaining import Explainer
-from services.features.handlers import Join, Rekey
+from services.features.handlers import Join
 from services.features.history import History
 from services.features.lateness import LATE
 from services.features.plan import REQUESTS, ROLLOUTS, VERSIONS, Plan, tasks_topic
 from services.features.publishing import VECTORS
 from services.features.registration import check_views
+from services.features.rekey import Rekey
 from services.features.rekeying import INPUTS
 from services.features.settings import FeatureSettings
 

@@ -1,4 +1,4 @@
-"""The two processors of features: re-keying events, and joining vectors into requests."""
+"""The joining processor: vectors into requests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import polars as pl
 
 from causemesh.catalogue import Catalogue
@@ -15,85 +14,19 @@ from causemesh.clock import Clock
 from causemesh.faultpoints import Point, reach
 from causemesh.runner import Batch, Emission, Outgoing
 from services.features.backfill.book import Backfills, Ends, Positions
-from services.features.domain.definitions import FeatureView
-from services.features.domain.events import Ints, ViewEvents, readable_events
-from services.features.domain.models import (
-    UNRESOLVED,
-    ModelBook,
-    full_vectors,
-    named_numbers,
-    named_values,
-)
+from services.features.domain.models import UNRESOLVED, ModelBook
 from services.features.domain.snapshots import pack, unpack_blobs
 from services.features.domain.state import PartitionState
-from services.features.domain.vectors import row_bytes
-from services.features.lateness import Missed, missed_records
-from services.features.plan import (
-    REQUESTS,
-    ROLLOUTS,
-    VERSIONS,
-    Plan,
-    event_frame,
-    tasks_topic,
-)
+from services.features.lateness import Late, late_records, tells
+from services.features.plan import REQUESTS, ROLLOUTS, VERSIONS, Plan
 from services.features.publishing import VectorPublisher
-from services.features.rekeying import INPUTS, inputs_of, unpacked
+from services.features.reading import JoinReader, Placed
+from services.features.requests import requests_of
+from services.features.tasks import tasks_of
 
 _EVICT_UNITS = 50
-_FEW = 128  # so few rows cost less one by one than column operations do (measured)
-_INSTANTS = {
-    "occurred_at": "occurred_at_us",
-    "features_as_of": "as_of_us",
-    "expires_at": "expires_us",
-}
-# What a view sees of a batch, with the positions of the records in the batch.
-_Read = tuple[FeatureView, ViewEvents, Ints]
 Count = Callable[[str, str, int], None]
 """Adds a number to the metric of a kind and of a view."""
-
-
-class Rekey:
-    """Feeds views that are keyed by another entity than their event."""
-
-    takes_bad_rows = False
-    stateful = False
-
-    def __init__(self, views: Sequence[FeatureView]) -> None:
-        self._views = [view for view in views if view.placement == "rekeyed"]
-
-    async def process(
-        self, batches: Sequence[Batch], watermark_us: int, transaction: Any
-    ) -> Emission:
-        """See `Processor.process`."""
-        found = [(batch, *self._read(batch)) for batch in batches]
-        outgoing = [inputs_of(batch, events) for batch, events, _ in found]
-        return Emission(outgoing, refused=[(batch, bad) for batch, _, bad in found if bad])
-
-    def _read(self, batch: Batch) -> tuple[list[tuple[FeatureView, ViewEvents]], dict[int, str]]:
-        frame = event_frame(batch)
-        views = [view for view in self._views if f"events.{view.event_type}" == batch.topic]
-        return _read(views, frame)
-
-    def snapshot(self) -> bytes | None:
-        """No state."""
-        return None
-
-    def restore(self, state: bytes | None) -> None:
-        """No state."""
-
-
-def _read(
-    views: Sequence[FeatureView], frame: pl.DataFrame
-) -> tuple[list[tuple[FeatureView, ViewEvents]], dict[int, str]]:
-    """What each view sees, and the rows that one or more can't take, with all their reasons."""
-    found = []
-    refused: dict[int, list[str]] = {}
-    for view in views:
-        events, bad = readable_events(view, frame)
-        found.append((view, events))
-        for row, reason in bad.items():
-            refused.setdefault(row, []).append(reason)
-    return found, {row: "; ".join(reasons) for row, reasons in refused.items()}
 
 
 class Join:
@@ -123,7 +56,7 @@ class Join:
         self.partition = partition
         self._slice_us = slice_us
         self._partitions = catalogue.topic(REQUESTS).partitions
-        self._by_id = {view.id: view for view in plan.views}
+        self._reader = JoinReader(plan, partition)
         self._clock = clock
         self._publish_seconds = publish_seconds
         self._units = 0
@@ -226,7 +159,8 @@ class Join:
         late = [part for batch, events, _ in read for part in self._add(batch, events)]
         for batch in batches:
             if batch.topic == REQUESTS:
-                self.state.add_requests(self._requests(batch))
+                self.book.held = self.backfills.refusals(self._needs)
+                self.state.add_requests(requests_of(batch, self.book, self._entities))
         advanced = self.state.advance(watermark_us)
         self._evict_sometimes()
         self._publisher.touch(self.backfills.offered(advanced.touched))
@@ -251,49 +185,33 @@ class Join:
         rows = {name: self.state.store.views[name].index.rows for name in views}
         self._publisher.touch(self.backfills.offered(rows))
 
-    def _add(self, batch: Batch, events: Sequence[_Read]) -> list[Outgoing]:
-        """Take what was read of a batch; returns what came too late, as records."""
+    def _add(self, batch: Batch, events: Sequence[Placed]) -> list[Outgoing]:
+        """Take what was read of a batch; returns what came late, as records."""
         self._publisher.heard(batch)
-        missed = []
+        late = []
         for view, found, positions in events:
-            late = self.state.add_view_events(view.id, found)
-            if len(late):
-                number = self._plan.views.index(view)
-                missed.append(Missed(view, number, found.take(late), positions[late]))
-                self._count("events_missed", view.id, len(late))
+            behind = self.state.add_view_events(view.id, found)
+            if len(behind) and tells(self.partition, batch, self._partitions):
+                late.append(Late(view, found, positions, behind))
+        return [self._told(batch, late)] if late else []
+
+    def _told(self, batch: Batch, late: Sequence[Late]) -> Outgoing:
+        """The records of late events, which are counted by view and by what came of them."""
+        for one in late:
+            taken = int(one.behind.taken.sum())
+            for kind, number in (
+                ("events_missed", len(one.behind) - taken),
+                ("events_taken_late", taken),
+            ):
+                if number:
+                    self._count(kind, one.view.id, number)
         until_us = self.state.aligner.applied_until_us
-        return [missed_records(batch, missed, until_us)] if missed and until_us is not None else []
+        assert until_us is not None, "before any time was applied no event is late"
+        return late_records(batch, late, until_us)
 
-    def _read(self, batch: Batch) -> tuple[list[_Read], dict[int, str]]:
-        if batch.topic == INPUTS:
-            return self._inputs(batch), {}
-        frame = event_frame(batch)
-        views = [
-            view
-            for view in self._plan.views
-            if f"events.{view.event_type}" == batch.topic
-            and (
-                view.placement == "broadcast"
-                or (view.placement == "partitioned" and batch.partition == self.partition)
-            )
-        ]
-        found, bad = _read(views, frame)
-        since = self.backfills.since_the_cut
-        return [since(view, events, events.position) for view, events in found], bad
-
-    def _inputs(self, batch: Batch) -> list[_Read]:
-        """View inputs by view and by the partition of events they came from, which breaks ties."""
-        found = []
-        frame = batch.frame.with_columns(
-            batch.frame["cause"].struct.field("partition").alias("number"),
-            pl.Series("at", batch.positions),
-        )
-        for (name, number), part in frame.group_by("view", "number", maintain_order=True):
-            view = self._by_id.get(str(name))
-            if view is not None:  # inputs of a view that is no longer declared
-                events = unpacked(view, part, int(str(number)))
-                found.append(self.backfills.since_the_cut(view, events, part["at"].to_numpy()))
-        return found
+    def _read(self, batch: Batch) -> tuple[list[Placed], dict[int, str]]:
+        found, bad = self._reader.read(batch)
+        return [self.backfills.since_the_cut(*one) for one in found], bad
 
     def _learn(self, batch: Batch) -> None:
         if batch.topic == VERSIONS:
@@ -308,97 +226,15 @@ class Join:
             )
             self.book.add_rollouts(batch.frame.with_columns(instants).to_dicts())
 
-    def _requests(self, batch: Batch) -> pl.DataFrame:
-        """Requests as the aligner takes them, resolved to a version, their inputs packed."""
-        asked = batch.frame
-        # Columns, not expressions: a live request comes alone, and pays for each expression.
-        frame = pl.DataFrame(
-            [
-                asked["event_id"].alias("request_id"),
-                asked["tenant_id"],
-                asked["occurred_at"].cast(pl.Int64).alias("occurred_at_us"),
-                asked["model"],
-                asked["version"],
-                asked["mode"],
-                asked["expires_at"].cast(pl.Int64).alias("expires_us"),
-                pl.Series("source", np.full(asked.height, batch.partition, dtype=np.int64)),
-                pl.Series("position", batch.positions),
-                pl.Series("key", [batch.raw.keys[row] for row in batch.rows], dtype=pl.Binary),
-            ]
-        )
-        self.book.held = self.backfills.refusals(self._needs)
-        resolved = self.book.resolve(frame)
-        entities = named_values(asked["entities"], self._entities, pl.String)
-        packed = self._packed_inputs(resolved["signature"], asked["inputs"])
-        kept = [column for column in frame.get_columns() if column.name != "version"]
-        more = [*resolved.get_columns(), *entities.get_columns(), packed.alias("inputs")]
-        return pl.DataFrame([*kept, *more])
-
     def _needs(self) -> Iterator[tuple[str, frozenset[str]]]:
         """The versions that can be served, and the views that each needs."""
         for one in self.book.signatures.values():
             if one.name not in self.book.broken:
                 yield one.name, self.state.store.views_of(one.view_features)
 
-    def _packed_inputs(self, signatures: pl.Series, inputs: pl.Series) -> pl.Series:
-        if len(signatures) <= _FEW:
-            asked = zip(signatures.to_list(), inputs.to_list(), strict=True)
-            rows = [self._packed_row(name, row) for name, row in asked]
-            return pl.Series("inputs", rows, dtype=pl.Binary)
-        packed = np.full(len(signatures), b"", dtype=object)
-        for name in sorted(set(signatures.to_list()) - {UNRESOLVED}):
-            at = np.flatnonzero((signatures == name).to_numpy())
-            mine = inputs if len(at) == len(inputs) else inputs[at]
-            packed[at] = row_bytes(named_numbers(mine, self.book.signatures[name].inputs))
-        return pl.Series("inputs", packed.tolist(), dtype=pl.Binary)
-
-    def _packed_row(self, signature: str, inputs: Sequence[Mapping[str, Any]] | None) -> bytes:
-        if signature == UNRESOLVED:
-            return b""
-        given = {pair["name"]: pair["value"] for pair in inputs or ()}
-        values = [given.get(name) for name in self.book.signatures[signature].inputs]
-        return np.array(values, dtype=np.float64).astype("<f4").tobytes()  # None becomes NaN
-
     def _tasks(self) -> list[Outgoing]:
         ready = self.state.ready()
-        if ready is None:
-            return []
-        lane_of = {name: one.lane for name, one in self.book.signatures.items()}
-        lanes = pl.Series([lane_of.get(name, "realtime") for name in ready["signature"].to_list()])
-        names = sorted(set(lanes))
-        if len(names) == 1:
-            return [self._lane_tasks(names[0], ready)]
-        return [self._lane_tasks(lane, ready.filter(lanes == lane)) for lane in names]
-
-    def _lane_tasks(self, lane: str, ready: pl.DataFrame) -> Outgoing:
-        vectors = np.full(ready.height, b"", dtype=object)
-        failures = np.array(ready["failure"].to_list(), dtype=object)
-        for name in sorted(set(ready["signature"].to_list()) - {UNRESOLVED}):
-            at = np.flatnonzero((ready["signature"] == name).to_numpy())
-            part = ready if len(at) == ready.height else ready[at]
-            vectors[at], missing = _completed(self.book, name, part)
-            failures[at] = missing
-        instants = {
-            name: ready[of].cast(pl.Datetime("us", "UTC")).alias(name)
-            for name, of in _INSTANTS.items()
-        }
-        frame = pl.DataFrame(
-            [
-                ready["tenant_id"],
-                instants["occurred_at"],
-                ready["request_id"],
-                ready["model"],
-                ready["version"],
-                pl.Series("vector", vectors.tolist(), dtype=pl.Binary),
-                instants["features_as_of"],
-                pl.Series("failure", failures.tolist(), dtype=pl.String),
-                instants["expires_at"],
-            ]
-        )
-        positions = ready["position"].to_numpy()
-        return Outgoing(
-            tasks_topic(lane), frame, ready["key"].to_list(), REQUESTS, self.partition, positions
-        )
+        return [] if ready is None else tasks_of(ready, self.book, self.partition)
 
     def _evict_sometimes(self) -> None:
         self._units += 1
@@ -431,13 +267,3 @@ class Join:
 
 def _packed(books: Mapping[str, bytes], state: Encode) -> Encode:
     return lambda: pack({"kind": "features"}, {}, {**books, "state": state()})
-
-
-def _completed(
-    book: ModelBook, name: str, part: pl.DataFrame
-) -> tuple[np.ndarray[Any, Any], list[str | None]]:
-    views, inputs = part["vector"].to_list(), part["inputs"].to_list()
-    vectors, missing = full_vectors(book.signatures[name], views, inputs, book.transforms)
-    whole = np.empty(len(vectors), dtype=object)
-    whole[:] = vectors
-    return whole, missing

@@ -2,9 +2,12 @@
 
 A replay request of the slice that starts at `s` is answered when the watermark has reached `s`:
 by then every event before `s` is here. State is applied up to the start of the watermark's slice
-and no further, so a later request of that slice still finds it as it must be. Answers are held
-until every earlier position of their source was answered too, because the next consumer drops what
-comes out of order as a replay. What waits, is held or not applied yet is part of the snapshot.
+and no further, so a later request of that slice still finds it as it must be. An event that comes
+behind that start, and that its view still takes, waits for the next slice: requests that are as of
+an earlier time, or of this one, don't see it, whether they were answered before it came or after.
+So it is known who saw it, from the time up to which events had been applied. Answers are held until
+every earlier position of their source was answered too, because the next consumer drops what comes
+out of order as a replay. What waits, is held or not applied yet is part of the snapshot.
 """
 
 from __future__ import annotations
@@ -18,9 +21,10 @@ import polars as pl
 
 from causemesh.errors import Misdeclared, Poison
 from services.features.domain.aggregates import RowEvents
-from services.features.domain.columns import pack_columns, unpack_columns
+from services.features.domain.buffers import append, joined, packed, split, unpacked
 from services.features.domain.events import Ints, ViewEvents, int64
 from services.features.domain.feature_store import FeatureStore
+from services.features.domain.late import Behind, behind_of
 from services.features.domain.snapshots import pack, unpack, unpack_blobs
 
 ApplyOn = Literal["watermark", "arrival"]
@@ -28,7 +32,6 @@ ApplyOn = Literal["watermark", "arrival"]
 _Form = Literal["whole", "added", "advanced"]
 DEFAULT_SLICE_US = 60_000_000
 _PENDING = "pending."
-_NONE: Ints = np.empty(0, np.int64)
 _REQUIRED = ("source", "position", "occurred_at_us", "mode", "signature", "tenant_id")
 
 
@@ -93,34 +96,26 @@ class Aligner:
         if known != pinned:
             raise Misdeclared(f"signature {signature!r} is already declared with other features")
 
-    def add_events(self, view_name: str, events: ViewEvents) -> Ints:
-        """Take events of one view (`read_events` made them).
-
-        Returns which of them it did not take: those that came too late for the view.
-        """
+    def add_events(self, view_name: str, events: ViewEvents) -> Behind:
+        """Take events of one view (`read_events` made them); returns those that came late."""
         if view_name not in self._pending:
             raise Misdeclared(f"events for the unknown feature view {view_name!r}")
-        missed = self._missed(view_name, events.occurred_at_us)
+        view = self._store.views[view_name].view
+        behind = behind_of(view, self._boundary_us, events.occurred_at_us)
+        missed = behind.missed
         if len(missed):
             events = events.take(np.delete(np.arange(len(events)), missed))
         if len(events):
             self._take(view_name, self._store.views[view_name].encode(events))
-        return missed
-
-    def _missed(self, view_name: str, occurred_at_us: Ints) -> Ints:
-        if self._boundary_us is None:
-            return _NONE
-        self._late_events += int((occurred_at_us < self._boundary_us).sum())
-        from_us = self._store.views[view_name].view.taken_from_us(self._boundary_us)
-        missed = np.flatnonzero(occurred_at_us < min(from_us, self._boundary_us))
+        self._late_events += len(behind)
         self._dropped_events += len(missed)
-        return missed
+        return behind
 
     def _take(self, view_name: str, coded: RowEvents) -> None:
         if self._apply_on == "arrival":
             self._apply(view_name, coded, None)
         else:
-            _append(self._pending[view_name], coded)
+            append(self._pending[view_name], coded)
             if self._unsaved is not None:
                 self._unsaved[view_name].append(coded)
 
@@ -140,7 +135,17 @@ class Aligner:
             touched = self._touched[view_name]
             self._touched[view_name] = [np.unique(rows[part]) for part in touched]
         if len(ahead):
-            self._take(view_name, self._store.views[view_name].encode(ahead))
+            self._take_ahead(view_name, self._store.views[view_name].encode(ahead))
+
+    def _take_ahead(self, view_name: str, coded: RowEvents) -> None:
+        """Of these nobody is to be answered without: what is before the boundary does not wait."""
+        if self._boundary_us is not None:
+            due, left = split([coded], self._boundary_us)
+            for part in due:
+                self._apply(view_name, part, None)
+            coded = left[0] if left else RowEvents.none(len(coded.values))
+        if len(coded):
+            self._take(view_name, coded)
 
     def add_requests(self, frame: pl.DataFrame) -> None:
         """Take requests; live ones are answered at once, all of them come out of `ready`.
@@ -159,20 +164,26 @@ class Aligner:
         if self._boundary_us is not None:
             self._late_requests += int((~live & (as_of_us < self._boundary_us)).sum())
         if not live.all():
-            self._waiting = _joined(self._waiting, frame.filter(~live) if live.any() else frame)
+            self._waiting = joined(self._waiting, frame.filter(~live) if live.any() else frame)
         if live.any():
             self._answer(frame if live.all() else frame.filter(live), self._pending)
 
     def advance(self, watermark_us: int) -> Advanced:
         """Answer and apply what the watermark (the least of all sources) allows."""
-        boundary = watermark_us // self._slice_us * self._slice_us
-        if self._boundary_us is None or boundary > self._boundary_us:
-            self._boundary_us = boundary
-        due = {name: self._take_due(name, self._boundary_us) for name in self._pending}
+        before_us = self._boundary_us
+        boundary_us = watermark_us // self._slice_us * self._slice_us
+        due: dict[str, list[RowEvents]] = {name: [] for name in self._pending}
+        answered = 0
+        if before_us is not None:
+            # what came behind the boundary waits, though it lies before these
+            answered = self._answer_due(due, before_us)
+        if before_us is None or boundary_us > before_us:
+            self._boundary_us = boundary_us
+            due = {name: self._take_due(name, boundary_us) for name in self._pending}
+            answered += self._answer_due(due, boundary_us)
         if self._unsaved is not None and any(due.values()):
             self._unsaved = {name: self._still(parts) for name, parts in self._unsaved.items()}
             self._advanced = True
-        answered = self._answer_due(due, self._boundary_us)
         for name, parts in due.items():
             columns = len(self._store.views[name].view.columns)
             events = RowEvents.concatenate(parts) if parts else RowEvents.none(columns)
@@ -255,7 +266,7 @@ class Aligner:
     def _still(self, parts: list[RowEvents]) -> list[RowEvents]:
         """Of events that waited to be applied, those that wait on after `advance`."""
         assert self._boundary_us is not None
-        return _split(parts, self._boundary_us)[1]
+        return split(parts, self._boundary_us)[1]
 
     def _part(self, pending: Mapping[str, Sequence[RowEvents]], form: _Form) -> Callable[[], bytes]:
         header = {
@@ -273,7 +284,7 @@ class Aligner:
         taken = {name: list(parts) for name, parts in pending.items() if parts}
 
         def encode() -> bytes:
-            blobs = {_PENDING + name: _packed(parts) for name, parts in taken.items()}
+            blobs = {_PENDING + name: packed(parts) for name, parts in taken.items()}
             return pack(header, frames, blobs)
 
         return encode
@@ -296,7 +307,7 @@ class Aligner:
         self._waiting, self._held = frames.get("waiting"), frames.get("held")
         events = {name: blobs.get(_PENDING + name) for name in self._store.views}
         self._pending = {
-            name: [] if packed is None else [_unpacked(packed)] for name, packed in events.items()
+            name: [] if packed is None else [unpacked(packed)] for name, packed in events.items()
         }
         form: _Form = header["form"]
         return form
@@ -324,17 +335,16 @@ class Aligner:
 
     def _take_due(self, name: str, boundary_us: int) -> list[RowEvents]:
         """Remove and return the pending events before the boundary."""
-        taken, self._pending[name] = _split(self._pending[name], boundary_us)
+        taken, self._pending[name] = split(self._pending[name], boundary_us)
         return taken
 
     def _answer_due(self, due: dict[str, list[RowEvents]], boundary_us: int) -> int:
         if self._waiting is None:
             return 0
         now = self._waiting["as_of_us"] <= boundary_us
-        asked = self._waiting.filter(now)
-        if not asked.height:
+        if not now.any():
             return 0
-        left = self._waiting.filter(~now)
+        asked, left = self._waiting.filter(now), self._waiting.filter(~now)
         self._waiting = left if left.height else None
         self._answer(asked, due)
         return asked.height
@@ -343,7 +353,7 @@ class Aligner:
         vector = self._store.answer_signatures(
             requests, self._signatures, requests["as_of_us"].to_numpy(), chunk
         )
-        self._held = _joined(self._held, requests.hstack([vector]))
+        self._held = joined(self._held, requests.hstack([vector]))
 
     def _apply(self, name: str, events: RowEvents, until_us: int | None) -> None:
         done = self._store.views[name].apply(events, until_us)
@@ -369,45 +379,3 @@ class Aligner:
         self._applied = self._late_events = self._dropped_events = self._late_requests = 0
         self._touched = {}
         return report
-
-
-def _split(parts: list[RowEvents], at_us: int) -> tuple[list[RowEvents], list[RowEvents]]:
-    """The events before this time, and the others; parts that are on one side are not copied."""
-    before, left = [], []
-    for part in parts:
-        due = part.occurred_at_us < at_us
-        if due.all():
-            before.append(part)
-        elif due.any():
-            before.append(part.take(due))
-            left.append(part.take(~due))
-        else:
-            left.append(part)
-    return before, left
-
-
-def _packed(parts: Sequence[RowEvents]) -> bytes:
-    own = ("rows", "occurred_at_us", "source", "position")
-    columns = {name: [getattr(part, name) for part in parts] for name in own}
-    for place in range(len(parts[0].values)):
-        columns[f"values.{place}"] = [part.values[place] for part in parts]
-    return pack_columns({"kind": "pending"}, columns)
-
-
-def _unpacked(packed: bytes) -> RowEvents:
-    _, columns, _ = unpack_columns(packed, "pending")
-    rows, times, source, position, *values = columns.values()
-    matrix = np.array(values, np.int64).reshape(len(values), len(rows))
-    return RowEvents(rows, times, source, position, matrix)
-
-
-def _append(parts: list[RowEvents], more: RowEvents) -> None:
-    """Add a part, joining small ones: few parts, and each event is copied few times."""
-    parts.append(more)
-    while len(parts) > 1 and len(parts[-2]) <= 2 * len(parts[-1]):
-        parts[-2:] = [RowEvents.concatenate(parts[-2:])]
-
-
-def _joined(frame: pl.DataFrame | None, more: pl.DataFrame) -> pl.DataFrame:
-    # diagonal: the payload may have gained a column since what is buffered was written
-    return more if frame is None else pl.concat([frame, more], how="diagonal_relaxed")

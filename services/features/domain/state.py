@@ -10,8 +10,9 @@ import polars as pl
 from services.features.domain.align import DEFAULT_SLICE_US, Advanced, Aligner, ApplyOn
 from services.features.domain.definitions import FeatureView
 from services.features.domain.engine import ViewState
-from services.features.domain.events import Ints, ViewEvents
+from services.features.domain.events import ViewEvents
 from services.features.domain.feature_store import FeatureStore
+from services.features.domain.late import Behind
 from services.features.domain.parts import (
     Encode,
     apply_part,
@@ -57,8 +58,8 @@ class PartitionState:
         for name, events in self.store.read(event_type, frame).items():
             self.aligner.add_events(name, events)
 
-    def add_view_events(self, view_name: str, events: ViewEvents) -> Ints:
-        """Take events that were read for one view elsewhere; returns which came too late."""
+    def add_view_events(self, view_name: str, events: ViewEvents) -> Behind:
+        """Take events that were read for one view elsewhere; returns which came late."""
         return self.aligner.add_events(view_name, events)
 
     def take_over(self, view_name: str, past: ViewState, ahead: ViewEvents) -> None:

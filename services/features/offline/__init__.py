@@ -7,12 +7,13 @@ bit for bit.
 Promised
     For a replayed request the batch engine's answer is the stream's, bit for bit, sketches
     included, whatever the order in which events came, how often the stream was restarted and what
-    was corrected. An event that came too late for a view, so that it is on features.late.v1, is
-    left out of its features here too; so is one that a view could not take.
+    was corrected. What came late for a view is on features.late.v1: what it did not take is left
+    out of its features here too, as is what it could not take; what it took counts for as-of times
+    after that up to which events had been applied.
 
 Not promised
-    A late event that the view still took counts for every as-of time after its own; the stream had
-    it from its arrival on. A view with `lateness: 0` has no such events. Each process of a
-    broadcast view judges for itself what is late: where they differ, this is the answer of one.
-    A live request is answered with what had arrived, which may be less, or more of its own tile.
+    Each partition of a broadcast view judges for itself what is late: where they differ, this is
+    the answer of the one that has the number of the event's partition. A replayed request that came
+    late may hold events after its slice. A live request is answered with what had arrived, which
+    may be less, or more of its own tile.
 """

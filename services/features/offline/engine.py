@@ -8,7 +8,6 @@ come: this one sorts all events once and answers all requests together. Only the
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -18,25 +17,28 @@ from services.features.domain.events import Ints, ViewEvents
 from services.features.domain.sketches import SketchKind
 from services.features.domain.vectors import Vectors
 from services.features.domain.windows import Window
-from services.features.offline.corrections import (
-    meanwhile,
-    of_each,
-    takes_corrections,
-    with_ends,
-)
+from services.features.offline.corrections import takes_corrections, with_ends
 from services.features.offline.history import NOBODY, History
+from services.features.offline.meanwhile import LASTING, laid_out, meanwhile
 from services.features.offline.numbers import Floats, newest_of, number_of
 from services.features.offline.sketched import KINDS, TileCells, tile_cells
-from services.features.offline.spans import Asked, Span, blocks, span_of
+from services.features.offline.spans import Asked, Span, span_of
 
-_TOGETHER = 2**20  # so many events are laid out by request at once
+_TOGETHER = 2**20  # so many events are laid out anew at once
 
 
-def answers(view: FeatureView, events: ViewEvents, entities: pl.Series, as_of_us: Ints) -> Vectors:
+def answers(
+    view: FeatureView,
+    events: ViewEvents,
+    entities: pl.Series,
+    as_of_us: Ints,
+    since_us: Ints | None = None,
+) -> Vectors:
     """The features of each (entity, as-of time): float32 [n, features].
 
-    `events` are all that the view took, in any order; each counts for as-of times after its own. A
-    null or unknown entity gets the answer over no events.
+    `events` are all that the view took, in any order; each counts for as-of times after `since_us`,
+    which is never before its own time, and that where it is not given. A null or unknown entity
+    gets the answer over no events.
     """
     keys = pl.DataFrame({"key": entities.unique().drop_nulls()})
     numbered = keys.with_columns(pl.int_range(pl.len(), dtype=pl.Int64).alias("number"))
@@ -47,37 +49,35 @@ def answers(view: FeatureView, events: ViewEvents, entities: pl.Series, as_of_us
     order = np.lexsort((as_of_us, numbers))
     asked = Asked(numbers[order], as_of_us[order])
     out = np.empty((len(asked), len(view.features)), np.float32)
-    out[order] = _answer(view, _table(view, events), numbered, asked)
+    out[order] = _answer(view, _table(view, events, since_us), numbered, asked)
     return out
 
 
-def _table(view: FeatureView, events: ViewEvents) -> pl.DataFrame:
-    """Events as in `history.py`, their entities still keys; those that ever count."""
+def _table(view: FeatureView, events: ViewEvents, since_us: Ints | None) -> pl.DataFrame:
+    """Events as in `history.py`, their entities still keys; those that ever count. With the columns
+    of `meanwhile.py` where some do not count since their own time or for good."""
     table = events.frame(view).rename({"entity": "key", "occurred_at_us": "at"})
-    return with_ends(view, table) if takes_corrections(view) else table
+    late = since_us is not None and bool((since_us > events.occurred_at_us).any())
+    if not late and not takes_corrections(view):
+        return table
+    since = table["at"] if since_us is None else pl.Series(since_us)
+    table = table.with_columns(since.alias("since"))
+    if takes_corrections(view):
+        return with_ends(view, table)
+    return table.with_columns(pl.lit(None, pl.Int64).alias("until"))
 
 
 def _answer(
     view: FeatureView, table: pl.DataFrame, numbered: pl.DataFrame, asked: Asked
 ) -> Vectors:
     known = table.join(numbered, on="key").drop("key").rename({"number": "entity"})
-    if not takes_corrections(view):
+    if "until" not in known.columns:
         return _vectors(History(view, known), asked)
-    lasting = known.filter(pl.col("until").is_null())
-    out = _vectors(History(view, lasting), asked)
-    special = np.flatnonzero(meanwhile(known, asked))
-    some = asked.take(special)
-    for block in blocks(np.full(len(some), 1 + _most(known)), _TOGETHER):
-        mine = some.take(np.arange(block.start, block.stop))
-        own = replace(mine, entity=np.arange(len(mine)))
-        out[special[block]] = _vectors(History(view, of_each(view, known, mine)), own)
+    out = _vectors(History(view, known.filter(LASTING)), asked)
+    others = np.flatnonzero(meanwhile(known, asked))
+    for part in laid_out(view, known, asked.take(others), _TOGETHER):
+        out[others[part.places]] = _vectors(History(view, part.events), part.asked)
     return out
-
-
-def _most(known: pl.DataFrame) -> int:
-    """The most events of any entity."""
-    sizes = known.group_by("entity").len()["len"].to_numpy()
-    return int(sizes.max(initial=0))
 
 
 def _vectors(history: History, asked: Asked) -> Vectors:

@@ -20,8 +20,8 @@ from services.features.domain.definitions import FeatureView
 from services.features.domain.events import ViewEvents, event_columns, readable_events
 from services.features.lateness import LATE
 from services.features.offline.corrections import takes_corrections
-from services.features.offline.late import COLUMNS, missed_events, without
-from services.features.plan import LAKE_PLACE, lake_frame
+from services.features.offline.late import COLUMNS, Seen, late_events, seen
+from services.features.plan import LAKE_PLACE, as_decoded, lake_frame
 
 Told = Callable[[str], None]
 """Hears of progress."""
@@ -78,7 +78,7 @@ class LakeEvents:
     told: Told = lambda text: None
     tables: dict[str, TableRead] = field(default_factory=dict)
 
-    def read(self, wanted: Sequence[Wanted]) -> Iterator[tuple[FeatureView, ViewEvents]]:
+    def read(self, wanted: Sequence[Wanted]) -> Iterator[tuple[FeatureView, Seen]]:
         """The events that the stream took of each view, one event type after the other.
 
         Raises Misdeclared when the lake does not hold an event type, or not yet whole.
@@ -87,7 +87,7 @@ class LakeEvents:
         for event_type in dict.fromkeys(one.view.event_type for one in wanted):
             mine = [one for one in wanted if one.view.event_type == event_type]
             for one, events in zip(mine, self._of_type(event_type, mine), strict=True):
-                yield one.view, without(one.view, events, missed_events(one.view, late))
+                yield one.view, seen(one.view, events, late_events(one.view, late))
 
     def _of_type(self, event_type: str, wanted: Sequence[Wanted]) -> list[ViewEvents]:
         topic = self.catalogue.topic(f"events.{event_type}")
@@ -120,18 +120,22 @@ class LakeEvents:
         self.tables[identifier] = TableRead(topic, chosen.snapshot_id, records, whole_us)
 
     def _late(self, wanted: Sequence[Wanted]) -> pl.DataFrame:
-        """The records of what any of the views missed."""
+        """The records of what came late for any of the views."""
+        topic = self.catalogue.topic(LATE)
         identifier = self.lake.definition.table(LATE).identifier
         if identifier not in {one.identifier for one, _ in self.lake.tables()}:
-            schema = frame_schema(self.catalogue.topic(LATE).record)
+            schema = frame_schema(topic.record)
             return pl.DataFrame(schema={name: schema[name] for name in COLUMNS})
         since, until = _reach(wanted)
-        chosen = self.lake.select(LATE, since=since, until=until, columns=COLUMNS)
+        # a table that nobody has written to since lacks what records have gained
+        there = {one.name for one in self.lake.table(LATE).schema().fields}
+        known = [name for name in COLUMNS if name in there]
+        chosen = self.lake.select(LATE, since=since, until=until, columns=known)
         named = pl.col("view").is_in([one.view.id for one in wanted])
         with away():
             found = chosen.lazy().filter(named).collect()
         self.tables[identifier] = TableRead(LATE, chosen.snapshot_id, found.height, None)
-        return found
+        return pl.DataFrame(as_decoded(topic, found, COLUMNS))
 
 
 def check_whole(tables: Mapping[str, TableRead], last_us: int) -> None:

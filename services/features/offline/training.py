@@ -101,7 +101,7 @@ def vectors_of(asking: Asking, events: LakeEvents, definitions: Definitions) -> 
         Wanted(view, asking.keys(view).unique().drop_nulls(), first_us, last_us) for view in views
     ]
     for view, taken in events.read(wanted):
-        found = answers(view, taken, asking.keys(view), asking.as_of_us)
+        found = answers(view, taken.events, asking.keys(view), asking.as_of_us, taken.since_us)
         for column, place in asked[view.id]:
             out[:, column] = found[:, place]
         events.told(f"{view.id}: {len(taken):,} events, {count:,} answers")

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from causemesh.errors import Misdeclared, Poison
 from services.features.domain.definitions import FeatureView
+from services.features.domain.engine import ViewState
 from services.features.domain.failures import DefinitionError
 from services.features.domain.parsing import parse_views
 from services.features.domain.state import PartitionState
@@ -383,8 +384,72 @@ def test_late_arrivals_are_counted() -> None:
     state.add_requests(requests(95, 100))
     done = state.advance(100_000)
     assert (done.late_events, done.dropped_events, done.late_requests) == (3, 2, 1)
+    assert (done.applied, done.touched) == (0, {})
+    done = state.advance(110_000)
+    assert (done.late_events, done.applied) == (0, 2)
     assert done.touched["departures@v1"].size == 1
-    assert state.advance(100_000).late_events == 0
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_late_event_counts_from_the_next_slice_on_for_whoever_asks(restarted: bool) -> None:
+    """Whether a request as of what had been applied was answered before it came or is after; a live
+    one sees it at once."""
+    state = partition()
+    state.advance(20_000)
+    state.add_requests(requests(25))
+    state.advance(20_000)
+    state.add_events("departed", departures(18))
+    if restarted:
+        saved, state = state.snapshot(), partition()
+        state.restore(saved)
+    state.add_requests(requests(25, 26, first=1, mode="live"))
+    state.add_requests(requests(26, 31, first=3))
+    state.advance(20_000)
+    state.add_requests(requests(27, first=5))
+    state.advance(30_000)
+    counted = counts(state.ready())
+    assert [one for one in counted if one[0]] == [(1, 1.0), (2, 1.0), (3, 0.0), (4, 1.0), (5, 0.0)]
+
+
+def test_a_past_s_own_events_behind_what_was_applied_do_not_wait() -> None:
+    """Nobody was answered without them."""
+    state = partition()
+    state.advance(20_000)
+    (view, _) = VIEWS
+    ahead = state.store.read("departed", departures(18, 25))[view.id]
+    state.take_over(view.id, ViewState(view), ahead)
+    state.add_requests(requests(25, 31))
+    state.advance(30_000)
+    assert counts(state.ready()) == [(0, 1.0), (1, 2.0)]
+
+
+def test_late_events_that_wait_are_in_what_changed() -> None:
+    """Late and then nothing applied, applied and then late, and late and then applied."""
+    state = partition()
+    state.advance(20_000)
+    state.track()
+    saved = [state.piece(name)() for name in state.pieces()]
+    for step in (
+        lambda: state.add_events("departed", departures(18)),
+        lambda: (state.advance(30_000), state.add_events("departed", departures(25, first=1))),
+        lambda: (
+            state.add_events("departed", departures(28, first=2)),
+            state.advance(40_000),
+            state.add_events("departed", departures(39, first=3)),
+        ),
+    ):
+        step()
+        saved.append(state.changes()())
+    restored = partition()
+    for part in saved:
+        restored.apply_part(part)
+    assert restored.settle() == []
+    found = []
+    for one in (state, restored):
+        one.add_requests(requests(45, 55))
+        one.advance(50_000)
+        found.append(counts(one.ready()))
+    assert found[0] == found[1] == [(0, 3.0), (1, 4.0)]
 
 
 def test_poison_is_raised_before_anything_is_kept() -> None:
@@ -485,18 +550,15 @@ def test_an_event_behind_the_allowed_lateness_is_handed_back(
     state.declare("busy", ["busy.count_40ms"])
     state.advance(100_000)
     events = state.store.read("departed", departures(95, 80, 45))["busy@v1"]
-    assert state.add_view_events("busy@v1", events).tolist() == missed
-    done = state.advance(100_000)
-    assert (done.late_events, done.dropped_events, done.applied) == (
-        3,
-        len(missed),
-        3 - len(missed),
-    )
-    state.add_requests(requests(100).with_columns(signature=pl.lit("busy")))
-    state.advance(100_000)
+    behind = state.add_view_events("busy@v1", events)
+    assert (behind.rows.tolist(), behind.missed.tolist()) == ([0, 1, 2], missed)
+    state.add_requests(requests(100, 110).with_columns(signature=pl.lit("busy")))
+    done = state.advance(110_000)
+    taken = 3 - len(missed)
+    assert (done.late_events, done.dropped_events, done.applied) == (3, len(missed), taken)
     ready = state.ready()
     assert ready is not None
-    assert np.frombuffer(ready["vector"][0], "<f4").tolist() == [3.0 - len(missed)]
+    assert [np.frombuffer(one, "<f4").tolist() for one in ready["vector"]] == [[0.0], [taken]]
 
 
 def test_latest_takes_any_event_unless_its_lateness_is_bounded() -> None:
@@ -507,5 +569,5 @@ def test_latest_takes_any_event_unless_its_lateness_is_bounded() -> None:
         state.advance(10**12)
         frame = departures(1).with_columns(temp=pl.lit(4.0))
         events = state.store.read("observed", frame)["w@v1"]
-        assert state.add_view_events("w@v1", events).tolist() == missed
+        assert state.add_view_events("w@v1", events).missed.tolist() == missed
         assert len(state.store.views["w@v1"].entities) == 1 - len(missed)  # no row for nothing

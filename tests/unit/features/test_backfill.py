@@ -26,9 +26,10 @@ from services.features.backfill.pasts import Tell, complete_from
 from services.features.backfill.running import Backfiller
 from services.features.domain import parts
 from services.features.domain.parsing import parse_views
-from services.features.handlers import Join, Rekey
+from services.features.handlers import Join
 from services.features.plan import Plan, event_frame
 from services.features.publishing import VECTORS
+from services.features.rekey import Rekey
 from services.features.rekeying import INPUTS
 from tests.unit.checkpoints.memory import MemoryFiles
 from tests.unit.features.test_handlers import (

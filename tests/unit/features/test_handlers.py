@@ -7,10 +7,11 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import polars as pl
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,14 +19,20 @@ from causemesh.bus.base import RawBatch
 from causemesh.catalogue import Catalogue
 from causemesh.clock import SystemClock
 from causemesh.codec.columns import frame_schema
-from causemesh.runner import NEVER, Batch
+from causemesh.runner import NEVER, Batch, Outgoing
+from causemesh.runner.marks import HighWaterMarks
+from services.features.domain.events import Ints
+from services.features.domain.late import Behind
 from services.features.domain.models import UNRESOLVED
 from services.features.domain.parsing import parse_views
-from services.features.handlers import Join, Rekey
-from services.features.lateness import LATE
-from services.features.plan import REQUESTS, ROLLOUTS, VERSIONS, Plan, tasks_topic
+from services.features.handlers import Join
+from services.features.lateness import LATE, Late, late_records, tells
+from services.features.plan import REQUESTS, ROLLOUTS, VERSIONS, Plan, event_frame, tasks_topic
 from services.features.publishing import VECTORS
-from services.features.rekeying import INPUTS
+from services.features.reading import read_views
+from services.features.rekey import Rekey
+from services.features.rekeying import INPUTS, view_index
+from services.features.requests import packed_inputs
 from tests.unit.features.reference import Event, expected
 
 MS = 1_000
@@ -287,11 +294,11 @@ async def test_few_requests_are_packed_as_many_are() -> None:
     ]
     inputs = pl.Series(rows, dtype=pl.List(pl.Struct({"name": pl.String, "value": pl.Float64})))
     signatures = pl.Series(names)
-    many = processor._packed_inputs(signatures, inputs).to_list()
+    many = packed_inputs(processor.book, signatures, inputs).to_list()
     few = [
         row
         for at in range(0, 300, 5)
-        for row in processor._packed_inputs(signatures[at : at + 5], inputs[at : at + 5])
+        for row in packed_inputs(processor.book, signatures[at : at + 5], inputs[at : at + 5])
     ]
     assert few == many
     assert {len(one) for one in many} == {0, 4}
@@ -427,14 +434,112 @@ async def test_an_event_too_late_for_a_view_is_sent_on_with_its_cause_and_counte
     unit = await processor.process([batch((EVENTS, 0), rows, 7)], 100 * MS, None)
     (part,) = [part for part in unit.outgoing if part.topic == LATE]
     # `own` keeps the latest value, so no event is too late for it; `shared` has windows alone
-    assert part.frame.select("view", "entity", "tenant_id").rows() == [("shared@v1", "n", "t")]
-    assert part.positions.tolist() == [8]
-    assert part.indexes is not None
-    assert part.indexes.tolist() == [2]
-    assert np.frombuffer(part.frame["columns"][0], "<f8").tolist() == [2.5 * 1024]
-    assert _us(part.frame["occurred_at"][0]) == 30 * MS
-    assert _us(part.frame["applied_until"][0]) == 100 * MS
-    assert counted == [("events_missed", "shared@v1", 1)]
+    own, _, shared = VIEWS
+    told = zip(
+        part.positions.tolist(),
+        cast(Ints, part.indexes).tolist(),
+        part.frame.select("view", "entity", "tenant_id", "taken").rows(),
+        strict=True,
+    )
+    assert sorted(told) == sorted(
+        (position, view_index(view), (view.id, key, "t", view is own or position != 8))
+        for position in (7, 8, 9)
+        for view, key in ((own, "t\x1fa"), (shared, "n"))
+    )
+    (missed,) = part.frame.filter(~pl.col("taken")).to_dicts()
+    assert np.frombuffer(missed["columns"], "<f8").tolist() == [2.5 * 1024]
+    assert _us(missed["occurred_at"]) == 30 * MS
+    assert {_us(at) for at in part.frame["applied_until"]} == {100 * MS}
+    assert sorted(counted) == [
+        ("events_missed", "shared@v1", 1),
+        ("events_taken_late", "own@v1", 3),
+        ("events_taken_late", "shared@v1", 2),
+    ]
+
+
+async def late_of_two(told: Told) -> None:
+    """Two partitions that read the same events of a broadcast view, with watermarks of their own:
+    the first is ahead. What each sends of them is added to `told`, with the partition."""
+    rows = [{"occurred_at": at * MS, "sensor": "a", "site": "n", "value": 1.0} for at in (5, 95)]
+    for partition, watermark_us in ((0, 100 * MS), (1, 60 * MS)):
+        processor = Join(
+            PLAN,
+            CATALOGUE,
+            partition,
+            slice_us=SLICE_US,
+            clock=SystemClock(),
+            publish_seconds=None,
+            count=lambda *what, by=partition: told.counted.append((by, *what)),
+        )
+        await processor.process([registrations()], watermark_us, None)
+        for start in (0, 2):
+            unit = await processor.process([batch((EVENTS, 1), rows, start)], watermark_us, None)
+            told.sent += [(partition, part) for part in unit.outgoing if part.topic == LATE]
+
+
+@dataclass
+class Told:
+    sent: list[tuple[int, Outgoing]] = field(default_factory=list)
+    counted: list[tuple[int, str, str, int]] = field(default_factory=list)
+
+    def read(self) -> list[tuple[int, int]]:
+        """Partition and cause of what a reader keeps of the records of the broadcast view."""
+        marks, kept = HighWaterMarks(), []
+        for partition, part in self.sent:
+            causes = pl.DataFrame(
+                {
+                    "topic": [part.cause_topic] * len(part),
+                    "partition": [part.cause_partition] * len(part),
+                    "position": part.positions,
+                    "index": cast(Ints, part.indexes),
+                }
+            )
+            fresh = marks.fresh((LATE, 0), causes)
+            mine = fresh & (part.frame["view"] == "shared@v1").to_numpy()
+            kept += [(partition, at) for at in part.positions[mine].tolist()]
+        return kept
+
+    def missed(self) -> list[int]:
+        """Who counted how many missed events of the view."""
+        named = ("events_missed", "shared@v1")
+        return [by for by, kind, view, n in self.counted for _ in range(n) if (kind, view) == named]
+
+
+async def test_the_partition_of_an_event_s_number_tells_that_it_was_late(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All hold a broadcast view; readers would take what the slower of them sends for a replay."""
+    told = Told()
+    await late_of_two(told)
+    assert told.read() == [(1, 0), (1, 2)]  # what was 5 ms and behind 60 ms; 95 ms was in time
+    assert told.missed() == [1, 1]
+    # control: where all tell, what partition 1 missed is lost, and counted twice
+    monkeypatch.setattr("services.features.handlers.tells", lambda *_: True)
+    told = Told()
+    await late_of_two(told)
+    assert told.read() == [(0, 0), (0, 1), (0, 2), (0, 3)]
+    assert told.missed() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("partition", "number", "tell"), [(1, 1, True), (1, 5, True), (0, 5, False)]
+)
+def test_more_partitions_of_events_than_of_requests_have_one_each_that_tells(
+    partition: int, number: int, tell: bool
+) -> None:
+    assert tells(partition, batch((EVENTS, number), [], 0), 4) is tell
+
+
+async def test_another_view_changes_no_index_of_what_was_late() -> None:
+    found = []
+    for views in (VIEWS, VIEWS[2:], VIEWS[::-1]):
+        late = Behind(np.array([0]), np.array([True]))
+        view = views[[one.id for one in views].index("shared@v1")]
+        unit = batch((EVENTS, 0), [{"occurred_at": 1, "site": "n", "value": 1.0}], 0)
+        (events,), _ = read_views([view], event_frame(unit))
+        part = late_records(unit, [Late(*events, unit.positions, late)], 10)
+        found.append(cast(Ints, part.indexes).tolist())
+    assert found[0] == found[1] == found[2]
 
 
 async def test_a_late_re_keyed_input_names_the_input_s_own_position() -> None:
@@ -450,5 +555,5 @@ async def test_a_late_re_keyed_input_names_the_input_s_own_position() -> None:
     ]
     unit = await processor.process([batch((INPUTS, 0), inputs, 1000)], 100 * MS, None)
     (part,) = [part for part in unit.outgoing if part.topic == LATE]
-    assert part.frame["view"].to_list() == ["moved@v1"]
-    assert (part.cause_topic, part.positions.tolist()) == (INPUTS, [1001])
+    assert part.frame.select("view", "taken").rows() == [("moved@v1", True), ("moved@v1", False)]
+    assert (part.cause_topic, part.positions.tolist()) == (INPUTS, [1000, 1001])

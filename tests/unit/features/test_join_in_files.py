@@ -11,8 +11,9 @@ from causemesh.checkpoints import CheckpointSettings, Pieced, StateKeeper
 from causemesh.checkpoints.manifest import is_manifest
 from causemesh.runner.batch import NEVER
 from services.features.domain import parts
-from services.features.handlers import Join, Rekey
+from services.features.handlers import Join
 from services.features.plan import tasks_topic
+from services.features.rekey import Rekey
 from tests.unit.checkpoints.memory import MemoryFiles
 from tests.unit.features.test_handlers import World, join, registrations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -19,7 +20,7 @@ from services.features.domain.sketches import MAX_VALUES
 from services.features.domain.state import PartitionState
 from services.features.domain.vectors import Vectors
 from services.features.offline.engine import answers
-from services.features.offline.late import without
+from services.features.offline.late import LateEvents, seen
 from tests.unit.features import test_corrections, test_engine
 from tests.unit.features.reference import Event, frame_of
 
@@ -73,9 +74,7 @@ class Stream:
     view: FeatureView
     events: Sequence[Event]
     rng: random.Random
-    missed: list[ViewEvents] = field(default_factory=list)
-    taken_late: list[tuple[int, int]] = field(default_factory=list)
-    """Time, and up to when events had been applied when it came."""
+    late: list[LateEvents] = field(default_factory=list)
 
     def run(self, requests: pl.DataFrame) -> Vectors:
         """What the stream answers to replay requests, in the order given."""
@@ -111,11 +110,11 @@ class Stream:
     def _take(self, chunk: Sequence[Event]) -> None:
         read = read_events(self.view, frame_with_ids(self.view, chunk))
         until_us = self.state.aligner.applied_until_us
-        late = self.state.add_view_events(self.view.id, read)
-        self.missed.append(read.take(late))
-        if until_us is not None:
-            kept = np.delete(read.occurred_at_us, late)
-            self.taken_late += [(at, until_us) for at in kept.tolist() if at < until_us]
+        behind = self.state.add_view_events(self.view.id, read)
+        if len(behind):
+            assert until_us is not None
+            until = np.full(len(behind), until_us)
+            self.late.append(LateEvents(read.take(behind.rows), until, pl.Series(behind.taken)))
 
     def _disturb(self) -> None:
         if self.rng.random() < 0.3:
@@ -138,15 +137,28 @@ def requests_at(times: Sequence[int]) -> pl.DataFrame:
 
 @dataclass(frozen=True)
 class Compared:
-    """The vectors of both engines, and which requests the stream answered with all it took."""
+    """The vectors of both engines, and how many events came late and were taken."""
 
     streamed: Vectors
     batch: Vectors
-    sure: np.ndarray
+    taken_late: int
 
     @property
     def equal(self) -> bool:
-        return self.streamed[self.sure].tobytes() == self.batch[self.sure].tobytes()
+        return self.streamed.tobytes() == self.batch.tobytes()
+
+
+def joined(view: FeatureView, parts: Sequence[LateEvents]) -> LateEvents:
+    return LateEvents(
+        ViewEvents.concatenate([ViewEvents.none(view), *(one.events for one in parts)]),
+        np.concatenate([np.empty(0, np.int64), *(one.applied_until_us for one in parts)]),
+        pl.concat([pl.Series([], dtype=pl.Boolean), *(one.taken for one in parts)]),
+    )
+
+
+def only(late: LateEvents, chosen: np.ndarray) -> LateEvents:
+    at = np.flatnonzero(chosen)
+    return LateEvents(late.events.take(at), late.applied_until_us[at], late.taken[at])
 
 
 def compare(
@@ -156,23 +168,21 @@ def compare(
     seed: int,
     *,
     later_us: int = 0,
-    leave_out: bool = True,
+    told: Sequence[bool] = (True, False),
 ) -> Compared:
-    """`later_us` and `leave_out` are the control arms."""
+    """`later_us` and `told`, which records of late events are looked at (taken or not), are the
+    control arms."""
     requests, stream = requests_at(times), Stream(view, events, random.Random(seed))
     streamed = stream.run(requests)
     as_of_us = requests["occurred_at_us"].to_numpy() // SLICE * SLICE
     shuffled = random.Random(seed + 1).sample(list(events), len(events))
-    seen = read_events(view, frame_with_ids(view, shuffled))
-    for missed in stream.missed if leave_out else ():
-        seen = without(view, seen, missed)
+    late = joined(view, stream.late)
+    known = only(late, late.taken.is_in(list(told)).to_numpy())
+    every = read_events(view, frame_with_ids(view, shuffled))
+    found = seen(view, every, known)
     keys = entity_keys(requests, view, view.request_entity)
-    batch = answers(view, seen, keys, as_of_us + later_us)
-    # an event that was taken late is in no answer that was given before it came
-    sure = np.ones(len(as_of_us), np.bool_)
-    for at, until_us in stream.taken_late:
-        sure &= (as_of_us <= at) | (as_of_us > until_us)
-    return Compared(streamed, batch, sure)
+    batch = answers(view, found.events, keys, as_of_us + later_us, found.since_us)
+    return Compared(streamed, batch, int(late.taken.sum()))
 
 
 times = st.lists(st.integers(-20, 220), min_size=1, max_size=25)
@@ -199,7 +209,7 @@ def test_the_batch_engine_gives_the_bits_of_the_stream(
     found = compare(view, events, times, seed)
     assert found.equal
     if view.lateness_us == 0:  # whatever came late was missed
-        assert found.sure.all()
+        assert not found.taken_late
 
 
 @settings(max_examples=50, deadline=None)
@@ -225,12 +235,47 @@ def drawn(seed: int) -> tuple[list[Event], list[int]]:
     return events, [rng.randint(0, 220) for _ in range(25)]
 
 
-@pytest.mark.parametrize("arm", [{"later_us": 1}, {"leave_out": False}], ids=str)
-def test_without_its_rules_the_batch_engine_differs(arm: dict[str, int]) -> None:
-    """Control: as of one microsecond later, and with the events that came too late."""
-    view = replace(test_engine.make_view(wide=True), lateness_us=0)
+@pytest.mark.parametrize(
+    ("lateness", "arm"),
+    [
+        (0, {"later_us": 1}),
+        (0, {"told": [True]}),
+        (25, {"told": [True]}),
+        (None, {"told": [False]}),
+    ],
+    ids=str,
+)
+def test_without_its_rules_the_batch_engine_differs(
+    lateness: int | None, arm: dict[str, Any]
+) -> None:
+    """Control: as of one microsecond later; with the events that came too late; with those that
+    were taken late as if they had been there in time."""
+    view = replace(test_engine.make_view(wide=True), lateness_us=lateness)
     assert all(compare(view, *drawn(seed), seed).equal for seed in range(5))
     assert sum(compare(view, *drawn(seed), seed, **arm).equal for seed in range(5)) <= 1
+
+
+def fixed(seed: int) -> tuple[list[Event], list[int]]:
+    """Events of which every third one corrects or retracts an earlier one."""
+    events, times = drawn(seed)
+    rng = random.Random(seed)
+    for n in range(2, len(events), 3):
+        target = rng.randrange(n)
+        of = events[target]
+        events[n] = replace(events[n], entity=of.entity, target=f"e{target}", void=n % 2 == 0)
+    return [replace(one, inputs=one.inputs[:1]) for one in events], times
+
+
+@pytest.mark.parametrize("lateness", [None, 25])
+def test_corrections_of_late_events_and_late_corrections_count_since_they_came(
+    lateness: int | None,
+) -> None:
+    """Control: by their own times alone the answers differ."""
+    view = replace(test_corrections.VIEW, lateness_us=lateness)
+    whole = [compare(view, *fixed(seed), seed) for seed in range(5)]
+    assert all(one.equal for one in whole)
+    assert all(one.taken_late > 2 for one in whole)
+    assert sum(compare(view, *fixed(seed), seed, told=[False]).equal for seed in range(5)) <= 1
 
 
 def test_corrections_are_looked_at_by_their_time() -> None:
@@ -254,11 +299,18 @@ def test_corrections_are_looked_at_by_their_time() -> None:
 
 def test_of_equal_events_as_many_are_left_out_as_were_missed() -> None:
     view = test_engine.make_view()
-    twins = [Event("a", 5, 0, n, (1.0, None)) for n in range(3)]
-    events = read_events(view, frame_of(view, [*twins, Event("b", 5, 0, 3, (1.0, None))]))
-    kept = without(view, events, events.take(np.array([2, 0])))
-    assert kept.entity.to_list() == ["a", "b"]
-    assert len(without(view, events, events.take(np.array([], np.int64)))) == 4
+    twins = [Event("a", 5, 0, n, (1.0, None)) for n in range(4)]
+    events = read_events(view, frame_of(view, [*twins, Event("b", 5, 0, 4, (1.0, None))]))
+    late = LateEvents(
+        events.take(np.array([2, 0, 3])), np.array([20, 30, 40]), pl.Series([False, True, False])
+    )
+    kept = seen(view, events, late)
+    assert sorted(zip(kept.events.entity, kept.since_us.tolist(), strict=True)) == [
+        ("a", 5),
+        ("a", 30),
+        ("b", 5),
+    ]
+    assert len(seen(view, events, joined(view, []))) == 5
 
 
 def test_a_crowded_tile_says_nothing_in_either_engine() -> None:

@@ -29,10 +29,17 @@ from causemesh.runner import Emitter, Limits, PartitionWorker, Stage
 from services.features.lake.settings import LakeWriterSettings
 from services.features.lake.skew_wiring import skew_monitor
 from services.features.lake.skewing import SKEW, SkewLimits, SkewMonitor
+from services.features.lateness import LATE
 from services.features.offline.logged import PREDICTIONS, REQUESTS, VERSIONS
 from services.features.offline.skew import SkewCheck
 from tests.unit.features.lakes import fill, lake_of
-from tests.unit.features.test_training_sets import SENSORS, START, definitions_of, readings
+from tests.unit.features.test_training_sets import (
+    SENSORS,
+    START,
+    definitions_of,
+    late_record,
+    readings,
+)
 
 DEFINITIONS = definitions_of(SENSORS)
 FEATURES = ["sensors.count_1h", "sensors.value_mean_1h", "input.more", "made.per_reading"]
@@ -176,6 +183,22 @@ async def test_right_vectors_are_silent(tmp_path: Path, mode: str) -> None:
     await watched.run(20, until=4)
     assert (watched.counted("same"), watched.counted("different")) == (4, 0)
     assert await watched.alerts() == []
+
+
+@pytest.mark.parametrize("told", [True, False])
+async def test_a_late_event_that_was_taken_is_no_difference(tmp_path: Path, told: bool) -> None:
+    """Control: where the record of it is not in the lake."""
+    fill_lake(tmp_path, 2)
+    until_us = int((START + timedelta(minutes=AT_MINUTE)).timestamp() * 1e6)
+    events = readings([1.0, 5.0], [0, 10])
+    late = await late_record(DEFINITIONS, events, 1, taken=True, until_us=until_us)
+    fill(tmp_path, DEFINITIONS.catalogue, {LATE: late if told else late.clear()})
+    watched = Watched(tmp_path)
+    without = [1.0, 1.0, 0.5, 1.5]
+    await watched.predict(predictions([without] * 2))
+    await watched.run(20, until=2)
+    counted = (watched.counted("same"), watched.counted("different"))
+    assert counted == ((2, 0) if told else (0, 2))
 
 
 async def test_what_was_read_is_compared_when_nothing_more_comes(tmp_path: Path) -> None:

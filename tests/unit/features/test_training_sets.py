@@ -20,10 +20,11 @@ from causemesh.runner import Batch
 from examples.flights import offline as flights_offline
 from examples.flights.dataset import load
 from examples.flights.model import FEATURES
+from services.features.domain.late import Behind
 from services.features.domain.parsing import parse_views
 from services.features.domain.state import PartitionState
 from services.features.domain.transforms import Transforms, parse_transforms
-from services.features.lateness import LATE, Missed, missed_records
+from services.features.lateness import LATE, Late, late_records
 from services.features.offline.commands import app
 from services.features.offline.definitions import Definitions
 from services.features.offline.logged import (
@@ -189,8 +190,15 @@ def test_the_command_joins_and_describes(
     assert isinstance(wrong.exception, Misdeclared)
 
 
-async def late_record(definitions: Definitions, events: pl.DataFrame, row: int) -> pl.DataFrame:
-    """What the service writes for an event that a view missed; see `lateness.missed_records`."""
+async def late_record(
+    definitions: Definitions,
+    events: pl.DataFrame,
+    row: int,
+    *,
+    taken: bool = False,
+    until_us: int = 10**15,
+) -> pl.DataFrame:
+    """What the service writes for an event that came late; see `lateness.late_records`."""
     view = definitions.view("sensors@v1")
     topic = "events.reading"
     placed = events.with_columns(
@@ -202,7 +210,8 @@ async def late_record(definitions: Definitions, events: pl.DataFrame, row: int) 
     found = state.store.read("reading", placed)[view.id].take(np.array([row]))
     raw = RawBatch(topic, 0, np.array([row]), [None], [b""], np.array([0]))
     batch = Batch(topic, 0, events[[row]], np.array([0]), raw)
-    sent = missed_records(batch, [Missed(view, 0, found, np.array([row]))], 10**15)
+    behind = Behind(np.array([0]), np.array([taken]))
+    sent = late_records(batch, [Late(view, found, np.array([row]), behind)], until_us)
     cause = {"topic": topic, "partition": 0, "position": row, "index": 0, "origin": None}
     return sent.frame.with_columns(
         pl.Series("cause", [cause] * sent.frame.height), event_id=pl.lit("late")
@@ -227,6 +236,26 @@ async def test_what_came_too_late_is_left_out(tmp_path: Path) -> None:
         assert vector == (found or [3.0, 5.0, 9.0, 9.0])
         if record is not None:
             assert made.about["lake"][f"decoded.{LATE.replace('.', '_')}"]["records"] > 0
+
+
+async def test_what_came_late_and_was_taken_counts_after_what_had_been_applied(
+    tmp_path: Path,
+) -> None:
+    definitions = definitions_of(SENSORS)
+    events = readings([1.0, 5.0, 9.0], [0, 10, 20])
+    until_us = int((START + timedelta(minutes=25)).timestamp() * 1e6)
+    late = await late_record(definitions, events, 1, taken=True, until_us=until_us)
+    counts = {}
+    for number, record in enumerate([late, None, late.drop("taken")]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        more = {} if record is None else {LATE: record}
+        fill(folder, definitions.catalogue, {"events.reading": events, **more})
+        with lake_of(folder, definitions.catalogue) as lake:
+            made = training_set(asked([10, 12, 25, 26]), ["sensors"], lake, definitions).frame
+        counts[number] = made["sensors.count_1h"].to_list()
+    # control: without the record it counts since its own time, and an older record is of a miss
+    assert counts == {0: [1.0, 1.0, 2.0, 3.0], 1: [1.0, 2.0, 3.0, 3.0], 2: [1.0, 1.0, 2.0, 2.0]}
 
 
 def test_an_event_that_a_view_cannot_take_is_left_out_of_it_alone(tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from services.features.domain.definitions import FeatureView
 from services.features.domain.events import ViewEvents, event_columns, readable_events
 from services.features.lateness import LATE
 from services.features.offline.corrections import takes_corrections
-from services.features.offline.late import COLUMNS, Seen, late_events, seen
 from services.features.plan import LAKE_PLACE, as_decoded, lake_frame
+from services.features.seen import COLUMNS, Seen, late_events, seen
 
 Told = Callable[[str], None]
 """Hears of progress."""

@@ -20,7 +20,7 @@ from services.features.domain.sketches import MAX_VALUES
 from services.features.domain.state import PartitionState
 from services.features.domain.vectors import Vectors
 from services.features.offline.engine import answers
-from services.features.offline.late import LateEvents, seen
+from services.features.seen import LateEvents, seen
 from tests.unit.features import test_corrections, test_engine
 from tests.unit.features.reference import Event, frame_of
 

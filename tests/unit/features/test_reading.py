@@ -23,6 +23,7 @@ from services.features.domain.parsing import parse_views
 from services.features.explaining import Explainer
 from services.features.handlers import Join
 from services.features.history import History
+from services.features.lateness import LATE
 from services.features.plan import Plan, event_frame
 from tests.unit.features.test_handlers import CATALOGUE, EVENTS, batch
 
@@ -96,12 +97,12 @@ def batches(poison: bool = False) -> list[Batch]:
 class Log:
     """The log as `LogReader` gives it."""
 
-    async def ends(self, topics: Sequence[str]) -> Mapping[Any, Any]:
-        assert list(topics) == [EVENTS]
-        return {}
+    async def ends(self, topics: Sequence[str]) -> Any:
+        return topics
 
-    async def read(self, spans: Mapping[Any, Any]) -> AsyncIterator[Batch]:
-        for one in batches(poison=True):
+    async def read(self, topics: Any) -> AsyncIterator[Batch]:
+        assert list(topics) in ([EVENTS], [LATE])
+        for one in batches(poison=True) if EVENTS in topics else []:
             yield one
 
 

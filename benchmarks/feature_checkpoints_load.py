@@ -167,7 +167,8 @@ class Clock:
         """Of so many units."""
         cpu_s, wall_s = (now - then for now, then in zip(self._now(), self._began, strict=True))
         events = units * UNIT
-        return {"events_per_cpu_second": events / cpu_s, "events_per_second": events / wall_s}
+        rates = {"events_per_cpu_second": events / cpu_s, "events_per_second": events / wall_s}
+        return {**rates, "cpu_seconds": cpu_s}
 
 
 class Writer:
@@ -180,6 +181,7 @@ class Writer:
         self._at = time.monotonic()
         self.state = b""
         self.commits = 0
+        self.took_s = 0.0  # on a processor, to take the checkpoints and to write them
 
     async def after_unit(self) -> None:
         """Save when it is time, commit when the files are written."""
@@ -196,6 +198,8 @@ class Writer:
         """Wait for the save that is under way."""
         if self._save is not None:
             self.state = await self._save.written() or b""
+            assert not isinstance(self._save.work, asyncio.Task), "it is written"
+            self.took_s += self._save.work.took_s
             self._keeper.committed()
             self._save = None
             self.commits += 1

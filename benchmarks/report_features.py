@@ -22,7 +22,7 @@ def checkpoints(result: Result) -> Iterator[str]:
     saving = arms["with checkpoints"]
     cost = saving["cost_percent"]
     yield (
-        f"\nThey cost {cost['median']:.1f} % of the events a CPU second ({cost['min']:.1f} to"
+        f"\nThey took {cost['median']:.1f} % of the CPU seconds ({cost['min']:.1f} to"
         f" {cost['max']:.1f} by round, {sum(saving['checkpoints']['rounds']):.0f} checkpoints in"
         f" all); the process had {saving['peak_rss_mb']['max']:,.0f} MB at the most, its load and"
         " the first checkpoint included.\n"

@@ -56,7 +56,7 @@ TARGETS = (
         digits=2,
     ),
     Target(
-        "checkpoints of 2,000,000 entities by 10 features: 5 % of the events a CPU second",
+        "checkpoints of 2,000,000 entities by 10 features: 5 % of the processor time",
         "checkpoints",
         "with checkpoints",
         figure="cost_percent",
@@ -160,11 +160,20 @@ Feast looks the same numbers up that were written to its online store before, th
 without persistence. Feast's answers hold further timestamps and statuses, and its features could be
 of any type.
 
+Wanted: p99 of 1 ms. Not met, by a tenth: the middle join takes 0.84 ms, nearly all of it processor
+time (0.87 on average), of which gathering and adding up the tiles of 36 ages takes half, making the
+fifty numbers a fifth, and finding a hundred keys in two views an eighth.
+
 """
 
 ENTITIES = """\
 One process, a view of ten features (five aggregations over 6 and 24 hours), entities drawn evenly:
 the worst case, as no two events of a unit share a tile. From a thousand entities to two million.
+
+From 100,000 on the cost hardly grows. Below, all rows and tiles that a unit touches are in a cache
+of the processor, which is what makes it less. Rows are found by the keys' hashes in columns; by a
+dictionary, which follows pointers, two million entities cost 1.39 us an event, 0.99 of it to find
+the rows.
 
 """
 
@@ -173,8 +182,11 @@ One partition of two million entities and ten features, its checkpoints in a fol
 The load without and with them, in turn in one process: 20,000 events a unit, entities drawn evenly,
 the worst case, as every event touches another entity. Checkpoints are due as the service's are, and
 a round with them goes from a commit to a commit. To make the events is not counted; the thread that
-writes is. The row with the manifest is a variable, so what Postgres does is not in it. A restart is
-a process of its own, whose files are in no cache; every vector is compared with those before.
+writes is. What checkpoints cost is the processor time of taking and writing them, as a part of all:
+by round the two rates differ more than that, since each round meets another part of a tile. To note
+what was touched is in the rate with them. The row with the manifest is a variable, so what Postgres
+does is not in it. A restart is a process of its own, whose files are in no cache; every vector is
+compared with those before.
 
 """
 

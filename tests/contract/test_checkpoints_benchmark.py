@@ -63,6 +63,7 @@ def test_what_it_measures_is_on_the_page(
     arms, found = measure(bench, 2)
     for one in found["with checkpoints"]:
         assert one["checkpoints"] >= 1
+        assert 0 < one["cost_percent"] < 100
         assert 0 < one["delta_mib"] <= one["largest_delta_mib"]
     for one in found["first checkpoint"]:
         assert one["mib"] > 0

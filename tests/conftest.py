@@ -13,7 +13,6 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from causemesh.local import Cluster, Endpoints
-from causemesh.local import cluster as _cluster
 from causemesh.migrations import metadata
 
 # The suite judges a change by the same examples each time; `make hunt` looks for new ones.
@@ -23,8 +22,6 @@ hypothesis.settings.register_profile("hunt", print_blob=True, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 _HOME = Path(os.environ.get("CAUSEMESH_TEST_HOME", ".causemesh-test"))
-# A default port is free for two homes at once until the server of one has started.
-_cluster._DEFAULT_PORTS = dict.fromkeys(_cluster._DEFAULT_PORTS, 0)
 
 
 @pytest.fixture(scope="session")

@@ -42,6 +42,14 @@ def test_a_taken_default_gives_way_to_a_free_port(tmp_path: Path) -> None:
         probe.bind((HOST, chosen))
 
 
+def test_chosen_ports_differ_and_no_outgoing_connection_takes_one(tmp_path: Path) -> None:
+    """Linux gives those from 32768 on."""
+    names = [f"server{number}" for number in range(500)]
+    chosen = choose_ports(tmp_path / "ports.json", dict.fromkeys(names, 0))
+    assert len(set(chosen.values())) == len(names)
+    assert max(chosen.values()) < 32_768
+
+
 def test_a_port_that_another_program_took_is_named(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind((HOST, 0))

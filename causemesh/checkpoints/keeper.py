@@ -22,6 +22,10 @@ _REST = 25
 _REST_S = 30.0
 """... but the next one does not wait longer than this, in seconds."""
 _ATTEMPTS = 5
+_SWEEP_S = 10.0
+"""A replaced worker may still write: files are swept again so long after the claim, seconds, ..."""
+_SWEEP_LONGEST_S = 3600.0
+"""... then after twice as long each time, up to this."""
 _log = structlog.get_logger(__name__)
 
 
@@ -94,6 +98,7 @@ class StateKeeper:
         self._committed_at = (0.0, 0.0)  # by the clock, and on a processor
         self._garbage: set[str] = set()
         self._removing: asyncio.Task[None] | None = None
+        self._sweep_again = (0.0, _SWEEP_S)  # when, and how long that was in coming
 
     @property
     def rests(self) -> bool:
@@ -118,6 +123,7 @@ class StateKeeper:
             await self._read(Manifest.parse(state))
         if self._place is not None:
             self._removing = asyncio.create_task(self._sweep(self._place, self._committed))
+            self._sweep_again = (self._monotonic() + _SWEEP_S, _SWEEP_S)
 
     async def save(self) -> Save:
         """Take the state as it is now; it may change when this returns."""
@@ -152,9 +158,7 @@ class StateKeeper:
         self._credit += earned(written.manifest, written.delta_bytes)
         self._took_s = written.took_s
         self._committed_at = (self._monotonic(), time.process_time())
-        if self._garbage and (self._removing is None or self._removing.done()):
-            assert self._place is not None
-            self._removing = asyncio.create_task(self._remove(self._place))
+        self._clear()
 
     async def close(self) -> None:
         """Wait for threads that are under way, whatever comes of them."""
@@ -215,6 +219,19 @@ class StateKeeper:
         last = replace(last, pieces=pieces)
         write = functools.partial(_follow, self._place, last, delta, anew, taken_s)
         return asyncio.create_task(_patiently(write))
+
+    def _clear(self) -> None:
+        """Begin to remove what is garbage, unless that is under way."""
+        assert self._place is not None
+        if self._removing is not None and not self._removing.done():
+            return
+        when, after_s = self._sweep_again
+        if self._monotonic() >= when:
+            after_s = min(2 * after_s, _SWEEP_LONGEST_S)
+            self._sweep_again = (self._monotonic() + after_s, after_s)
+            self._removing = asyncio.create_task(self._sweep(self._place, self._committed))
+        elif self._garbage:
+            self._removing = asyncio.create_task(self._remove(self._place))
 
     async def _sweep(self, place: PartitionFiles, manifest: Manifest | None) -> None:
         try:

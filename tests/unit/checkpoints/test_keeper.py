@@ -285,6 +285,24 @@ async def test_files_of_a_later_owner_are_left_alone() -> None:
     assert sorted(files.kept) == [f"{FOLDER}/0000000007-0000000003-delta", f"{FOLDER}/README"]
 
 
+async def test_what_a_replaced_worker_writes_late_is_swept_too() -> None:
+    """Ten seconds after the claim, twenty after that, and so on."""
+    clock, files = [0.0], MemoryFiles()
+    kept = StateKeeper(Ledger(), CheckpointSettings(files, 0), lambda: clock[0])
+    await kept.restore(None, GROUP, 0, 6)
+    await kept.close()
+    swept = []
+    for second in range(80):
+        clock[0] = float(second)
+        late = f"{FOLDER}/0000000005-{second:010}-delta"
+        files.kept.setdefault(late, b"of a worker that was replaced")
+        await taken(kept)
+        if late not in files.kept:
+            swept.append(second)
+    assert swept == [10, 30, 70]
+    assert {name for name in files.kept if "/0000000005-" not in name}, "its own stay"
+
+
 class TooNew(PartitionWorker):
     """Control arm: commits the position of now with a state that was taken earlier."""
 

@@ -16,7 +16,7 @@ import uvicorn
 import uvloop
 from fastapi import APIRouter
 from opentelemetry.sdk.trace import TracerProvider
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from causemesh.admin import create_app
 from causemesh.bus.base import BEFORE_FIRST, Bus, Producer
@@ -41,6 +41,7 @@ from causemesh.runner import Emitter, Limits, PartitionWorker, Processor, Runner
 from causemesh.settings import API_PORTS, ServiceSettings
 from causemesh.spans import UnitSpans, tracer_provider
 from causemesh.spans_sending import OutboxSpans
+from causemesh.sql import open_engine
 from causemesh.telemetry import Metrics, configure_logging
 
 _log = structlog.get_logger(__name__)
@@ -299,8 +300,12 @@ async def open_service(
     projects = [settings.project] if settings.project else []
     catalogue = Catalogue.load(projects, partitions=settings.partitions)
     async with AsyncExitStack() as stack:
-        engine = create_async_engine(
-            f"{settings.postgres_url}/{name}", pool_size=10, max_overflow=10
+        engine = open_engine(
+            f"{settings.postgres_url}/{name}",
+            name,
+            settings.session_timeout_ms,
+            pool_size=10,
+            max_overflow=10,
         )
         stack.push_async_callback(engine.dispose)
         if migrated:

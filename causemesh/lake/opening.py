@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import sqlalchemy as sa
 from pyiceberg.catalog.sql import SqlCatalog
@@ -12,6 +13,7 @@ from causemesh.errors import Retryable
 from causemesh.lake.settings import LakeSettings
 
 _NAME = "causemesh"
+_IDLE_S = 10
 
 
 def open_catalog(settings: LakeSettings) -> SqlCatalog:
@@ -21,7 +23,7 @@ def open_catalog(settings: LakeSettings) -> SqlCatalog:
     """
     settings.checked()
     with away():
-        return SqlCatalog(
+        catalog = SqlCatalog(
             _NAME,
             **{
                 "uri": settings.catalog,
@@ -32,6 +34,18 @@ def open_catalog(settings: LakeSettings) -> SqlCatalog:
                 **settings.properties,
             },
         )
+        if catalog.engine.dialect.name == "postgresql":
+            sa.event.listen(catalog.engine, "connect", _limit)
+            catalog.engine.dispose()  # the connection that made the tables
+    return catalog
+
+
+def _limit(connection: Any, _record: object) -> None:
+    """A writer that is frozen in a commit keeps its table's row no longer than this."""
+    cursor = connection.cursor()
+    cursor.execute(f"SET idle_in_transaction_session_timeout = '{_IDLE_S}s'")
+    cursor.close()
+    connection.commit()
 
 
 @contextmanager

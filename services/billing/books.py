@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from causemesh.sql import database_errors
+from causemesh.sql import database_errors, idle_for
 from services.billing.domain.invoicing import Billed, Invoice, InvoiceLine, ledger_entries
 from services.billing.domain.plans import BillingConfig, parse_billing
 from services.billing.domain.usage import PositionRange, UsageRow
@@ -76,8 +76,9 @@ class InvoiceFilter:
     after: tuple[str, str] | None = None
 
 
-async def locked(transaction: AsyncConnection, key: int) -> bool:
-    """Whether this transaction is the one at this work; it is until it ends."""
+async def locked(transaction: AsyncConnection, key: int, limit_s: float | None) -> bool:
+    """Whether this transaction is the one at this work; it is until it ends, or is idle so long."""
+    await idle_for(transaction, limit_s)
     return bool((await transaction.execute(_LOCK, {"key": key})).scalar_one())
 
 

@@ -27,6 +27,7 @@ from services.billing.tracing import taken_for
 
 _log = structlog.get_logger(__name__)
 _CALENDAR_END = "9999-11"  # whatever a record or a watermark says, this month is never closed
+_LONGEST_S = 600.0  # a month's invoices are made between two statements
 
 
 class MonthCloser:
@@ -75,7 +76,7 @@ class MonthCloser:
         """Close the oldest month that is due, in one transaction."""
         now_us = min(watermark_us, month_bounds(_CALENDAR_END)[0])
         async with database_errors(), self._engine.begin() as transaction:
-            if not await locked(transaction, CLOSER):
+            if not await locked(transaction, CLOSER, _LONGEST_S):
                 return False
             found = await UsageStore.due_months(transaction)
             known = [month for month in found if month < _CALENDAR_END]

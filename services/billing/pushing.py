@@ -82,7 +82,8 @@ class Pusher:
     async def push_due(self) -> int:
         """Push what waits; returns how many invoices were finalised. Raises Retryable."""
         async with database_errors(), self._engine.begin() as holder:
-            if not await locked(holder, PUSHER):
+            # None: a pusher that is frozen may go on with a call, so no other may take its place
+            if not await locked(holder, PUSHER, None):
                 return 0
             heads = await self._books.unpushed(_PASS_INVOICES)
             by_tenant = sorted(heads, key=lambda head: (head.tenant_id, head.period))

@@ -14,7 +14,7 @@ import polars as pl
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-from causemesh.sql import database_errors
+from causemesh.sql import database_errors, idle_for
 from services.drift.domain.detectors import Alert
 from services.drift.domain.reports import Report
 
@@ -179,6 +179,7 @@ _RETRAIN_ALERTS = sa.text(
 )
 _LOCK = sa.text("SELECT pg_try_advisory_xact_lock(:key)")
 _CLOSER = 0x6472696674  # any number that every instance agrees on
+_LONGEST_S = 600.0  # a day is measured between two statements
 
 
 class Observations:
@@ -261,6 +262,7 @@ class Days:
     @staticmethod
     async def lock(transaction: AsyncConnection) -> bool:
         """Whether this transaction is the one that closes days now, until it ends."""
+        await idle_for(transaction, _LONGEST_S)
         return bool((await transaction.execute(_LOCK, {"key": _CLOSER})).scalar_one())
 
     @staticmethod

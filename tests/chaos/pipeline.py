@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.ext.asyncio import create_async_engine
 
 from causemesh.bus.kafka import KafkaBus
 from causemesh.catalogue import DEADLETTERS, WATERMARK, Catalogue
@@ -42,6 +41,7 @@ from causemesh.runner import (
     Runner,
     Stage,
 )
+from causemesh.sql import open_engine
 
 PARTITIONS = 2
 EVERYONE = ("door", "sink", "auditor", "external")
@@ -64,6 +64,8 @@ class Plan:
     pause_at: int = 0
     """The unit of the sink, counted from 1, in which the process stops itself by SIGSTOP, its
     effects written and not committed; 0 for none."""
+    idle_ms: int = 0
+    """After which the server ends an idle transaction; 0, a control arm, for never."""
 
     @property
     def inbox(self) -> str:
@@ -197,8 +199,7 @@ async def run(plan: Plan) -> None:
     """All three stages and the drain, until the process ends."""
     catalogue, clock = plan.catalogue(), SystemClock()
     bus, registry = KafkaBus(plan.kafka, session_timeout_ms=3_000), HttpRegistry(plan.registry)
-    told = {"application_name": session_name(os.getpid())}
-    engine = create_async_engine(plan.database, connect_args={"server_settings": told})
+    engine = open_engine(plan.database, session_name(os.getpid()), plan.idle_ms)
     encoders, producer = RegistryEncoders(registry), bus.producer("chaos")
 
     def runner(name: str, reads: str, processor: Processor, writes: tuple[str, ...] = ()) -> Runner:

@@ -6,6 +6,9 @@ import asyncio
 import signal
 import time
 import uuid
+from asyncio.subprocess import Process
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -150,24 +153,31 @@ async def _stands_before_rows(plan: Plan, database: AsyncEngine, pid: int) -> bo
     return waits > 0 and claims == PARTITIONS
 
 
-async def replaced_while_paused(plan: Plan, database: AsyncEngine, tmp_path: Path) -> str:
-    """A process stops in the middle of a unit of the sink, another one takes over and comes to the
-    same records, then the first goes on; its log."""
-    log = tmp_path / "paused.log"
+@asynccontextmanager
+async def paused_in_a_unit(plan: Plan, log: Path) -> AsyncIterator[Process]:
+    """A process that has stopped in the middle of a unit of the sink, its transaction open."""
     async with process(replace(plan, pause_at=2), log) as paused:
         state = psutil.Process(paused.pid)
         async with asyncio.timeout(60):
             while state.status() != psutil.STATUS_STOPPED:  # noqa: ASYNC110 - polls a process
                 await asyncio.sleep(0.05)
-        async with process(plan, tmp_path / "next.log") as following:
-            async with asyncio.timeout(60):
-                while not await _stands_before_rows(  # noqa: ASYNC110 - polls a database
-                    plan, database, following.pid
-                ):
-                    await asyncio.sleep(0.05)
-            paused.send_signal(signal.SIGCONT)
-            await everything(database)
-            await asyncio.sleep(1.0)  # for what the first still has to say
+        yield paused
+
+
+async def replaced_while_paused(plan: Plan, database: AsyncEngine, tmp_path: Path) -> str:
+    """A process stops in the middle of a unit of the sink, another one takes over and comes to the
+    same records, then the first goes on; its log."""
+    log = tmp_path / "paused.log"
+    following_log = tmp_path / "next.log"
+    async with paused_in_a_unit(plan, log) as paused, process(plan, following_log) as following:
+        async with asyncio.timeout(60):
+            while not await _stands_before_rows(  # noqa: ASYNC110 - polls a database
+                plan, database, following.pid
+            ):
+                await asyncio.sleep(0.05)
+        paused.send_signal(signal.SIGCONT)
+        await everything(database)
+        await asyncio.sleep(1.0)  # for what the first still has to say
     return log.read_text()
 
 
@@ -189,3 +199,27 @@ async def test_control_without_the_fence_the_same_pause_doubles(
     found = await results(database)
     assert len(found["effects"]) > COUNT
     assert set(found["effects"]) == set(IDS)
+
+
+async def test_a_frozen_process_does_not_hold_up_the_next_one(
+    plan: Plan, database: AsyncEngine, tmp_path: Path
+) -> None:
+    """The server ends the transaction that it stopped in. When it goes on nothing is doubled."""
+    limited, log = replace(plan, idle_ms=3_000), tmp_path / "paused.log"
+    async with paused_in_a_unit(limited, log) as paused, process(limited, tmp_path / "next.log"):
+        await everything(database)
+        assert psutil.Process(paused.pid).status() == psutil.STATUS_STOPPED
+        paused.send_signal(signal.SIGCONT)
+        await asyncio.sleep(3.0)  # for what it still does
+    assert await results(database) == {"effects": IDS, "audits": IDS}
+
+
+async def test_control_without_the_limit_the_next_one_waits(
+    plan: Plan, database: AsyncEngine, tmp_path: Path
+) -> None:
+    """The open transaction's locks stay for as long as the process does."""
+    log = tmp_path / "paused.log"
+    async with paused_in_a_unit(plan, log), process(plan, tmp_path / "next.log"):
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(20):
+                await everything(database)

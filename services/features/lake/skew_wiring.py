@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from pyiceberg.catalog import Catalog
-from sqlalchemy.ext.asyncio import create_async_engine
 
 from causemesh.catalogue import LAKE
 from causemesh.errors import Misdeclared
@@ -17,6 +16,7 @@ from causemesh.periodic import patiently
 from causemesh.positions_sql import SqlPositionStore
 from causemesh.runner import Limits, Stage
 from causemesh.service import Service
+from causemesh.sql import open_engine
 from services.features.lake.settings import LakeWriterSettings
 from services.features.lake.skewing import SKEW, SkewLimits, SkewMonitor
 from services.features.offline.definitions import Definitions
@@ -50,7 +50,7 @@ async def skew_monitor(
     limits = SkewLimits(
         settings.skew_share, settings.skew_wait_seconds, settings.skew_every_seconds
     )
-    engine = create_async_engine(f"{settings.postgres_url}/{_FEATURES}")
+    engine = open_engine(f"{settings.postgres_url}/{_FEATURES}", GROUP, settings.session_timeout_ms)
     try:
         await patiently(lambda: migrate(_FEATURES, engine))
         service.runner(

@@ -11,6 +11,7 @@ from pathlib import Path
 if "services.features.app" in sys.orig_argv:
     from causemesh import service
     from causemesh.positions_sql import _SqlUnit
+    from causemesh.sql import open_engine
     from tests.chaos.pipeline import _Unfenced
 
     _commit = _SqlUnit.commit
@@ -30,3 +31,5 @@ if "services.features.app" in sys.orig_argv:
     _SqlUnit.commit = _paused  # type: ignore[method-assign]
     if os.environ["CAUSEMESH_TEST_FENCE"] == "off":
         service.SqlPositionStore = _Unfenced  # type: ignore[misc]
+        # it reads the claim in force before it stops, and the server would end that transaction
+        service.open_engine = lambda url, name, _, **pool: open_engine(url, name, 0, **pool)

@@ -173,7 +173,8 @@ def _mesh(result: Result) -> Iterator[str]:
         "servers_peak_rss_mb": "peak MB, servers",
     }
     runs = result["runs"]
-    yield "| | " + " | ".join(f"{run['days']} days" for run in runs) + " |"
+    heads = [f"{run['days']} days" + ("" if run["trains"] else ", one version") for run in runs]
+    yield "| | " + " | ".join(heads) + " |"
     yield "|---|" + "---:|" * len(runs)
     for name, label in columns.items():
         cells = [
@@ -283,7 +284,7 @@ def main() -> None:
     PAGE.write_text(page())
     measured = newest("mesh")
     if measured is not None:
-        PLOT.write_text(plot(measured["runs"]))
+        PLOT.write_text(plot([one for one in measured["runs"] if one["trains"]]))
     sized = newest("entities")
     if sized is not None:
         ENTITIES_PLOT.write_text(entities_plot(sized["runs"]))

@@ -212,14 +212,15 @@ features, inference and Triton; each latency counts from the moment the request 
 writes and reads bare records of 200 bytes on the same broker. The hops are between broker time
 stamps, which are whole milliseconds.
 
-Wanted at 200 requests/s: p50 10 ms, p99 40 ms. Not met: there both cores are full. A request that
-comes alone costs the three stages 4.5 ms of processor time without any broker (features 2.9:
-six views and 19 columns; `benchmarks.lone_request`), and as much again for sockets, wakings and
-Postgres (`benchmarks.request_cost`); client, Kafka and Triton take the rest. What falls into one
-unit of work shares its cost, so the delay grows until units are large enough: with one partition a
-topic instead of two, and so half as many units, it was 77 ms (p50) and 135 ms (p99) at 200
-requests/s, where two partitions gave 128 and 226 in the minutes before. The rounds differ by as
-much as 1.7 times at the higher rates, where the processor is the limit.
+Wanted at 200 requests/s: p50 10 ms, p99 40 ms. Not met. A request takes four hops (inbox, requests,
+tasks, predictions), and four bare echoes in a row alone are 9.2 ms at that rate. And there both
+cores are full. A request that comes alone costs the three stages 4.5 ms of processor time without
+any broker (features 2.9: six views and 19 columns; `benchmarks.lone_request`), and as much again
+for sockets, wakings and Postgres (`benchmarks.request_cost`); client, Kafka and Triton take the
+rest. What falls into one unit of work shares its cost, so the delay grows until units are large
+enough: with one partition a topic instead of two, and so half as many units, it was 77 ms (p50) and
+135 ms (p99) at 200 requests/s, where two partitions gave 128 and 226 in the minutes before. The
+rounds differ by as much as 1.7 times at the higher rates, where the processor is the limit.
 
 """
 

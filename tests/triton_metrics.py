@@ -1,6 +1,7 @@
 """The metrics of Triton that dashboards may name, as docs/user_guide/metrics.md of Triton has them.
 
-The first set is held to a running Triton (tests/component/local); the second needs a GPU.
+The first set is held to a running Triton (tests/component/local). The second needs a GPU, which the
+tests don't have: the same server exported all of it on an H100, utilisation as a share of 1.
 """
 
 TRITON = frozenset(

@@ -60,8 +60,12 @@ class Demo:
         *,
         out: Output,
         seed: int | None = None,
+        trained_from: datetime | None = TRAINED_FROM,
     ) -> None:
+        """`trained_from`: when the version answers that is trained on all before it; None for none
+        but the first version."""
         self._home = home
+        self._trained_from = trained_from
         self._out = out
         self._sent = 0
         replay = load(months, days)
@@ -130,9 +134,9 @@ class Demo:
                 await self._send(client, until_us, frames)
                 if trained is None or trained.done() or self._story.kill:
                     await self._ask(client, trained, held)
-                if until_us == _micros(TRAINED_FROM):
-                    await self._predicted(mesh, outcomes)
-                    trained = asyncio.create_task(self._train(mesh, open_to))
+                if self._trained_from is not None and until_us == _micros(self._trained_from):
+                    await self._predicted(mesh, outcomes, self._trained_from)
+                    trained = asyncio.create_task(self._train(mesh, open_to, self._trained_from))
             await self._ask(client, trained, held)
         finally:
             if trained is not None:
@@ -171,19 +175,19 @@ class Demo:
     async def _surely(self, send: Callable[..., Awaitable[Any]], *what: Any) -> None:
         await surely(send, *what, told=self._out.progress)
 
-    async def _predicted(self, mesh: Mesh, outcomes: Outcomes) -> None:
-        asked = self._story.replay.requests.filter(pl.col("occurred_at") < TRAINED_FROM).height
+    async def _predicted(self, mesh: Mesh, outcomes: Outcomes, until: datetime) -> None:
+        asked = self._story.replay.requests.filter(pl.col("occurred_at") < until).height
         await Waiting(mesh, self._out.progress).outcomes(outcomes, asked)
 
-    async def _train(self, mesh: Mesh, open_to: Connections) -> None:
+    async def _train(self, mesh: Mesh, open_to: Connections, since: datetime) -> None:
         began = time.monotonic()
-        known = await training.logged(open_to, TRAINED_FROM)
+        known = await training.logged(open_to, since)
         self._out.progress("training", f"version 2 on {known.height:,} logged vectors")
         trained = await asyncio.to_thread(training.fit, known)
         training.register(
             mesh, 2, trained.onnx, reference=trained.reference, metrics=trained.metrics
         )
-        training.roll_out(mesh, [(1, training.BEGINNING), (2, TRAINED_FROM)])
+        training.roll_out(mesh, [(1, training.BEGINNING), (2, since)])
         self._story.trained = trained
         self._story.seconds["training"] = time.monotonic() - began
         self._out.progress("training", f"AUC {trained.auc:.3f} on its last quarter; rolled out")

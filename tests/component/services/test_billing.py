@@ -929,7 +929,7 @@ async def test_one_instance_pushes_at_once(tables: AsyncEngine, tmp_path: Path) 
         async with open_stripe("sk_test_unit", stripe.url) as payments:
             push = Push(tables, payments)
             async with tables.begin() as other:
-                assert await locked(other, PUSHER)
+                assert await locked(other, PUSHER, None)
                 assert await push.again() == 0
             assert await push.again() == 4
         assert len(stripe.all("/v1/invoices")) == 4
@@ -1121,7 +1121,7 @@ async def test_months_close_in_order_once_all_partitions_are_past(tables: AsyncE
     assert await closing.at(over(MARCH), over(JANUARY) - 1) == 0
     assert await closing.at(over(MARCH), over(JANUARY)) == 1
     async with tables.begin() as other:
-        assert await locked(other, CLOSER)
+        assert await locked(other, CLOSER, None)
         assert await closing.at(over(MARCH), over(MARCH)) == 0
     assert await closing.at(over(MARCH), over(MARCH)) == 2
     assert await closing.at(over(MARCH), over(MARCH)) == 0

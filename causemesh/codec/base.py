@@ -19,13 +19,14 @@ class Decoded:
 
     `frame` holds the good rows in input order and `rows[i]` the input row of frame row i. `bad`
     maps input rows to reasons. `foreign` maps the full name of another record (a control record)
-    to its input rows.
+    to its input rows. `writers` are the schema ids that the values were framed with.
     """
 
     frame: pl.DataFrame
     rows: npt.NDArray[np.int64]
     bad: Mapping[int, str] = field(default_factory=dict)
     foreign: Mapping[str, list[int]] = field(default_factory=dict)
+    writers: frozenset[int] = frozenset()
 
 
 class BatchDecoder(Protocol):

@@ -38,13 +38,15 @@ class Decoder:
 
     async def decode(self, values: Sequence[bytes | None], reader: Mapping[str, Any]) -> Decoded:
         """See `BatchDecoder.decode`."""
-        name = full_name(reader)
+        name, values = full_name(reader), list(values)  # a lazy column finds each by a search
         frames: list[pl.DataFrame] = []
         rows: list[np.ndarray[Any, Any]] = []
         bad: dict[int, str] = {}
         foreign: dict[str, list[int]] = {}
         ids = schema_ids(values)
-        for schema_id in np.unique(ids).tolist():
+        met = np.unique(ids).tolist()
+        writers = frozenset(met) - {FOREIGN}
+        for schema_id in met:
             members = np.flatnonzero(ids == schema_id)
             writer = await self._writer(schema_id)
             if isinstance(writer, str):
@@ -61,8 +63,9 @@ class Decoder:
             rows.append(fits[good])
             bad |= {int(fits[row]): reason for row, reason in wrong.items()}
         if not frames:
-            return Decoded(self._nothing(reader), np.empty(0, dtype=np.int64), bad, foreign)
-        return Decoded(*_in_order(frames, rows), bad, foreign)
+            nobody = np.empty(0, dtype=np.int64)
+            return Decoded(self._nothing(reader), nobody, bad, foreign, writers)
+        return Decoded(*_in_order(frames, rows), bad, foreign, writers)
 
     async def decode_log(self, raw: RawBatch, reader: Mapping[str, Any]) -> Decoded:
         """See `BatchDecoder.decode_log`."""
@@ -72,29 +75,34 @@ class Decoder:
         rows: list[np.ndarray[Any, Any]] = []
         left: list[np.ndarray[Any, Any]] = []  # rows of blocks that are not read as such
         values: list[bytes | None] = []
+        writers: set[int] = set()
         at = 0
         for block in raw.blocks:
             numbers = np.arange(at, at + len(block), dtype=np.int64)
             at += len(block)
-            frame = await self._block(block, reader) if len(block) > _FEW else None
-            if frame is None:
+            read = await self._block(block, reader) if len(block) > _FEW else None
+            if read is None:
                 left.append(numbers)
                 values.extend(block.values)
             else:
-                frames.append(frame)
+                writers.add(read[0])
+                frames.append(read[1])
                 rows.append(numbers)
         if not left:
-            return Decoded(*_in_order(frames, rows))
+            return Decoded(*_in_order(frames, rows), writers=frozenset(writers))
         rest, numbers = await self.decode(values, reader), np.concatenate(left)
         if len(rest.rows) or not frames:
             frames.append(rest.frame)
             rows.append(numbers[rest.rows])
         bad = {int(numbers[row]): reason for row, reason in rest.bad.items()}
         foreign = {name: numbers[found].tolist() for name, found in rest.foreign.items()}
-        return Decoded(*_in_order(frames, rows), bad, foreign)
+        return Decoded(*_in_order(frames, rows), bad, foreign, rest.writers | writers)
 
-    async def _block(self, block: LogBlock, reader: Mapping[str, Any]) -> pl.DataFrame | None:
-        """All records of a block, when they are the reader's and nothing is wrong with any."""
+    async def _block(
+        self, block: LogBlock, reader: Mapping[str, Any]
+    ) -> tuple[int, pl.DataFrame] | None:
+        """All records of a block, when they are the reader's, of one writer's schema (whose id is
+        told) and nothing is wrong with any."""
         payload = block.payload
         form = form_of(payload) if payload is not None else None
         if payload is None or form is None:
@@ -102,7 +110,8 @@ class Decoder:
         writer = await self._writer(form.schema_id)
         if isinstance(writer, str) or writer.name != full_name(reader):
             return None
-        return writer.log_block(block, payload, form, reader, self._max_value_bytes)
+        frame = writer.log_block(block, payload, form, reader, self._max_value_bytes)
+        return None if frame is None else (form.schema_id, frame)
 
     def _nothing(self, reader: Mapping[str, Any]) -> pl.DataFrame:
         """The columns without rows: what every batch of control records comes to."""

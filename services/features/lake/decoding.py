@@ -6,18 +6,16 @@ new fields belong in the lake from their first record on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
-
-import numpy as np
 
 from causemesh.bus.base import RawBatch
 from causemesh.catalogue import WATERMARK
 from causemesh.codec.base import BatchDecoder, Decoded
 from causemesh.codec.decode import full_name
 from causemesh.codec.registry import Registry, UnknownSchema
-from causemesh.codec.wire import FOREIGN, schema_ids
 from causemesh.errors import Misdeclared
 from causemesh.schemas import check_record
 
@@ -41,36 +39,50 @@ class WidestDecoder:
 
     async def decode(self, values: Sequence[bytes | None], reader: Mapping[str, Any]) -> Decoded:
         """See `BatchDecoder.decode`; `reader`'s columns come first."""
+        return await self._widest_of(reader, partial(self._decoder.decode, values))
+
+    async def decode_log(self, raw: RawBatch, reader: Mapping[str, Any]) -> Decoded:
+        """See `BatchDecoder.decode_log`; `reader`'s columns come first."""
+        return await self._widest_of(reader, partial(self._decoder.decode_log, raw))
+
+    async def _widest_of(
+        self, reader: Mapping[str, Any], decode: Callable[[Mapping[str, Any]], Awaitable[Decoded]]
+    ) -> Decoded:
+        """What is decoded, once more where a writer is met whose fields were not known."""
         name = full_name(reader)
         if name == WATERMARK:
-            return await self._decoder.decode(values, reader)
+            return await decode(reader)
         known = self._widest.get(id(reader))
         if known is None:
             known = self._widest[id(reader)] = _Widest(reader, dict(reader))
-        for schema_id in np.unique(schema_ids(values)).tolist():
-            if schema_id != FOREIGN and schema_id not in known.writers:
-                known.schema = await self._with(name, known.schema, schema_id)
+        while True:
+            schema = known.schema
+            decoded = await decode(schema)
+            for schema_id in sorted(decoded.writers - known.writers):
+                writer = await self._writer(schema_id)
+                # from here on in one step: another worker may have widened it meanwhile
+                if writer is not None and full_name(writer) == name:
+                    known.schema = _wider(known.schema, writer)
                 known.writers.add(schema_id)
-        return await self._decoder.decode(values, known.schema)
+            if known.schema is schema:
+                return decoded
 
-    async def decode_log(self, raw: RawBatch, reader: Mapping[str, Any]) -> Decoded:
-        """See `BatchDecoder.decode_log`. One by one: a block may hold records of a writer's schema
-        that is new, behind others, and none of its fields may be lost."""
-        return await self.decode(raw.values, reader)
-
-    async def _with(self, name: str, widest: dict[str, Any], schema_id: int) -> dict[str, Any]:
-        """The schema with the fields that the writer's has more, if it is one of this record."""
+    async def _writer(self, schema_id: int) -> Mapping[str, Any] | None:
         try:
-            writer = await self._registry.schema(schema_id)
+            return await self._registry.schema(schema_id)
         except UnknownSchema:
-            return widest  # the decoder says what is wrong with these records
-        if full_name(writer) != name:
-            return widest
-        have = {one["name"] for one in widest["fields"]}
-        more = [one for one in writer["fields"] if one["name"] not in have]
-        wider = {**widest, "fields": [*widest["fields"], *more]}
-        try:
-            check_record(wider, columnar=True)
-        except Misdeclared:
-            return widest  # an inbox may be wider than columns can tell; its bytes are kept anyway
-        return wider if more else widest
+            return None  # the decoder says what is wrong with these records
+
+
+def _wider(schema: dict[str, Any], writer: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema with the fields that the writer's has more."""
+    have = {one["name"] for one in schema["fields"]}
+    more = [one for one in writer["fields"] if one["name"] not in have]
+    if not more:
+        return schema
+    wider = {**schema, "fields": [*schema["fields"], *more]}
+    try:
+        check_record(wider, columnar=True)
+    except Misdeclared:
+        return schema  # an inbox may be wider than columns can tell; its bytes are kept anyway
+    return wider

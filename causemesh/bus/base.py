@@ -74,6 +74,14 @@ class RawBatch:
         return len(self.values)
 
 
+def picked(column: Sequence[bytes | None], rows: Sequence[int]) -> list[bytes | None]:
+    """Some rows of a batch's keys or values. They may be lazy, and then each is found by a search:
+    where half of them are asked for, all are read at once."""
+    if 2 * len(rows) >= len(column):
+        column = list(column)
+    return [column[row] for row in rows]
+
+
 @dataclass(frozen=True)
 class Outbound:
     """Framed records for one output partition, in the order they must appear there.

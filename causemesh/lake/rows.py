@@ -14,7 +14,7 @@ import numpy.typing as npt
 import polars as pl
 from polars.exceptions import PolarsError
 
-from causemesh.bus.base import RawBatch
+from causemesh.bus.base import RawBatch, picked
 from causemesh.catalogue import NO_TENANT, Topic
 from causemesh.codec.columns import frame_schema
 from causemesh.codec.wire import FOREIGN, schema_ids
@@ -71,7 +71,7 @@ def raw_rows(
     occurred = pl.concat(
         [frame["occurred_at"].cast(_INSTANT), pl.Series([None] * len(bad), dtype=_INSTANT)]
     )
-    values = [raw.values[row] for row in numbers.tolist()]
+    values = picked(raw.values, numbers.tolist())
     ids = schema_ids(values)
     made = at.with_columns(
         pl.Series("tenant_id", tenants, dtype=pl.String),
@@ -80,7 +80,7 @@ def raw_rows(
         .otherwise(at["_appended_at"])
         .alias("occurred_at"),
         pl.when(pl.Series(ids != FOREIGN)).then(pl.Series(ids)).otherwise(None).alias("schema_id"),
-        pl.Series("key", [raw.keys[row] for row in numbers.tolist()], dtype=pl.Binary),
+        pl.Series("key", picked(raw.keys, numbers.tolist()), dtype=pl.Binary),
         pl.Series("value", values, dtype=pl.Binary),
         pl.Series("reason", [bad.get(row) for row in numbers.tolist()], dtype=pl.String),
     )

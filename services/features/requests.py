@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from causemesh.bus.base import picked
 from causemesh.runner import Batch
 from services.features.domain.models import UNRESOLVED, ModelBook, named_numbers, named_values
 from services.features.domain.vectors import row_bytes
@@ -31,7 +32,7 @@ def requests_of(batch: Batch, book: ModelBook, entities: Sequence[str]) -> pl.Da
             asked["expires_at"].cast(pl.Int64).alias("expires_us"),
             pl.Series("source", np.full(asked.height, batch.partition, dtype=np.int64)),
             pl.Series("position", batch.positions),
-            pl.Series("key", [batch.raw.keys[row] for row in batch.rows], dtype=pl.Binary),
+            pl.Series("key", picked(batch.raw.keys, batch.rows.tolist()), dtype=pl.Binary),
         ]
     )
     resolved = book.resolve(frame)

@@ -11,7 +11,7 @@ from aiokafka.record.default_records import DefaultRecordBatch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from causemesh.bus.base import TRACEPARENT
+from causemesh.bus.base import TRACEPARENT, picked
 from causemesh.bus.record_blocks import LogBatch, RecordBlock, blocks
 from causemesh.errors import Fatal
 from tests.unit.record_batches import FIRST_MS, record_batch
@@ -43,6 +43,16 @@ def expected(*batches: bytes) -> list[tuple[Any, ...]]:
         for batch in batches
         for one in DefaultRecordBatch(batch)
     ]
+
+
+@pytest.mark.parametrize("count", [0, 1, 4, 5, 9])
+def test_rows_are_picked_from_lazy_columns_one_by_one_or_all_at_once(count: int) -> None:
+    values = [b"v%d" % number for number in range(9)]
+    parts = [RecordBlock(record_batch(values[:5])), RecordBlock(record_batch(values[5:], base=5))]
+    batch, rows = LogBatch("t", 0, parts), list(range(8, 8 - count, -1))
+    assert picked(batch.values, rows) == picked(values, rows) == [values[row] for row in rows]
+    # one by one, a block without a row that was asked for stays as it lay in the log
+    assert (parts[0]._columns is None) == (count <= 4)
 
 
 @settings(max_examples=100, deadline=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ from causemesh.runner.marks import HighWaterMarks
 from causemesh.runner.watermarks import WatermarkTracker
 from causemesh.series import int64s
 
+_MANY = 1_000
+"""After so many records others get their turn: a group drops a member whose heartbeats are late."""
 Heard = tuple[int, int]
 """A row of a raw batch and the watermark (microseconds) it announced."""
 
@@ -46,7 +49,11 @@ class Intake:
 
     async def take(self, raws: Sequence[RawBatch]) -> list[Batch]:
         """Batches in the order fetched; one for each raw batch that holds rows or bad rows."""
-        batches = [await self._one(raw) for raw in raws]
+        batches = []
+        for raw in raws:
+            batches.append(await self._one(raw))
+            if len(raw) >= _MANY:
+                await asyncio.sleep(0)
         return [batch for batch in batches if len(batch) or batch.bad]
 
     async def _one(self, raw: RawBatch) -> Batch:

@@ -36,6 +36,8 @@ from causemesh.runner.stage import Limits, Stage
 from causemesh.runner.watermarks import WatermarkTracker
 from causemesh.spans import UnitSpans
 
+_LOOK_S = 0.5
+
 
 class PartitionWorker:
     """Runs one partition of one stage until it is stopped, fenced or fails."""
@@ -99,9 +101,7 @@ class PartitionWorker:
             await self._restore(checkpoint or Checkpoint(), claim)
             reader = self._bus.reader(self.positions)
             while not self.stopping:
-                pause_s = self._limits.pause_s(await self._step(claim, reader))
-                if pause_s:
-                    await self._clock.sleep(pause_s)
+                await self._pause(self._limits.pause_s(await self._step(claim, reader)))
             while self._saving is not None or self._uncommitted:
                 async with self._store.unit(claim) as unit:
                     await self._commit(unit, await self._taken())
@@ -109,6 +109,12 @@ class PartitionWorker:
             if reader is not None:
                 await reader.close()
             await self._keeper.close()
+
+    async def _pause(self, left_s: float) -> None:
+        """Let records gather, but not once the partition is given up."""
+        while left_s > 0 and not self.stopping:
+            await self._clock.sleep(min(left_s, _LOOK_S))
+            left_s -= _LOOK_S
 
     async def _restore(self, stored: Checkpoint, claim: Claim) -> None:
         known = {source: at for source, at in stored.positions.items() if source in self.positions}

@@ -17,6 +17,9 @@ from services.features.lake.store import FlushLimits, LakeStore
 from services.features.lake.upkeep import Keeper
 from services.features.lake.writing import LakeWriter
 
+_GATHER_S = 2.0
+"""A snapshot is made much later, and small units cost twice as much a record (measured)."""
+
 
 async def serve(service: Service, settings: LakeWriterSettings) -> None:
     """Serve until a signal, then commit what waits."""
@@ -43,7 +46,7 @@ async def serve(service: Service, settings: LakeWriterSettings) -> None:
         service.runner(
             Stage(LAKE, group, topics),
             lambda _: LakeWriter(catalogue, definition),
-            Limits(max_records=20_000, gather_s=0.25),
+            Limits(max_records=20_000, gather_s=min(_GATHER_S, settings.lake_commit_seconds / 10)),
             store=store,
         )
     tasks = [store.run]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,6 +45,7 @@ class LakeWriter:
                 transaction.append((table.identifier, rows))
             else:
                 transaction.extend(self._decoded(batch))
+            await asyncio.sleep(0)  # the loop keeps the group's heartbeats, too
         return Emission()
 
     def _decoded(self, batch: Batch) -> Written:

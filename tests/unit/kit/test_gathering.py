@@ -22,7 +22,8 @@ INBOX = "inbox.requests"
 
 
 class Units:
-    """Notes how many bad rows each unit brought, and ends the worker after enough of them."""
+    """Notes how many bad rows each unit brought, and ends the worker once nothing comes after
+    enough of them."""
 
     takes_bad_rows = True
     stateful = False
@@ -39,7 +40,7 @@ class Units:
         self.sizes += [size] if size else []
         self.left -= size
         assert self.worker is not None
-        self.worker.stopping = not self.left
+        self.worker.stopping = not self.left and not size
         return Emission()
 
     def snapshot(self) -> bytes | None:
@@ -70,6 +71,25 @@ class ProducingClock:
         await self._bus.producer("p").send([Outbound(INBOX, 0, [None] * count, values)])
 
 
+def worker_of(
+    bus: MemoryBus, units: Units, clock: ProducingClock, limits: Limits
+) -> PartitionWorker:
+    registry = MemoryRegistry()
+    units.worker = PartitionWorker(
+        Stage("ingest", "g", (INBOX,)),
+        0,
+        units,
+        bus=bus,
+        store=MemoryPositionStore(no_step),
+        catalogue=CATALOGUE,
+        decoder=Decoder(registry),
+        emitter=Emitter(CATALOGUE, RegistryEncoders(registry), bus.producer("p"), ()),
+        clock=clock,
+        limits=limits,
+    )
+    return units.worker
+
+
 @pytest.mark.parametrize(
     ("limits", "sizes", "slept"),
     [
@@ -90,20 +110,30 @@ async def test_records_gather_only_where_asked_and_not_behind(
         bus.create(topic.name, topic.partitions)
     now = sizes[0] if slept else 7
     await bus.producer("p").send([Outbound(INBOX, 0, [None] * now, [b"no record"] * now)])
-    registry, units, clock = MemoryRegistry(), Units(7), ProducingClock(bus, 7 - now)
-    worker = PartitionWorker(
-        Stage("ingest", "g", (INBOX,)),
-        0,
-        units,
-        bus=bus,
-        store=MemoryPositionStore(no_step),
-        catalogue=CATALOGUE,
-        decoder=Decoder(registry),
-        emitter=Emitter(CATALOGUE, RegistryEncoders(registry), bus.producer("p"), ()),
-        clock=clock,
-        limits=replace(limits, max_wait_s=0.0),
-    )
-    units.worker = worker
-    await worker.run()
+    units, clock = Units(7), ProducingClock(bus, 7 - now)
+    await worker_of(bus, units, clock, replace(limits, max_wait_s=0.0)).run()
     assert units.sizes == sizes
     assert clock.slept == slept
+
+
+class StoppingClock(ProducingClock):
+    """After some sleeps the worker is told to stop."""
+
+    worker: PartitionWorker | None = None
+
+    async def sleep(self, seconds: float) -> None:
+        await super().sleep(seconds)
+        assert self.worker is not None
+        self.worker.stopping = len(self.slept) == 3
+
+
+async def test_a_worker_that_is_told_to_stop_does_not_gather_to_the_end() -> None:
+    """Its partition's next owner waits for it."""
+    bus = MemoryBus()
+    for topic in CATALOGUE.topics.values():
+        bus.create(topic.name, topic.partitions)
+    await bus.producer("p").send([Outbound(INBOX, 0, [None], [b"no record"])])
+    clock = StoppingClock(bus, 0)
+    clock.worker = worker_of(bus, Units(7), clock, Limits(gather_s=60.0, max_wait_s=0.0))
+    await clock.worker.run()
+    assert clock.slept == [0.5] * 3

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import polars as pl
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -157,3 +159,23 @@ async def test_a_batch_of_bad_rows_is_kept_and_one_of_watermarks_is_not() -> Non
     assert [sorted(batch.bad) for batch in batches] == [[0, 1]]
     assert (intake.counts.records, intake.counts.bad) == (2, 2)
     assert await intake.take([raw(2, [await watermark(registry, 3)])]) == []
+
+
+@pytest.mark.parametrize(("count", "turns"), [(1_000, 3), (999, 0)])
+async def test_others_get_their_turn_between_large_batches(count: int, turns: int) -> None:
+    """A group drops a member whose heartbeats are late, and the unit may take longer than that."""
+    registry = MemoryRegistry()
+    intake, value, seen = fresh_intake(registry), await request(registry), 0
+    await intake.take([raw(0, [value])])  # nothing is looked up from here on
+
+    async def others() -> None:
+        nonlocal seen
+        while True:
+            await asyncio.sleep(0)
+            seen += 1
+
+    task = asyncio.create_task(others())
+    await asyncio.sleep(0)
+    await intake.take([raw(1 + n * count, [value] * count) for n in range(3)])
+    assert seen == turns
+    task.cancel()

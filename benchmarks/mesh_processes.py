@@ -1,6 +1,6 @@
 """What each process of the mesh spends on a replay, and on how many units of work.
 
-usage: python -m benchmarks.mesh_processes [--months 1] [--days N] [--home .causemesh-bench-mesh]
+usage: python -m benchmarks.mesh_processes [--months 1] [--days N] [--one-version] [--home FOLDER]
 
 Replays the flights example as the demo does and prints a table: processor seconds of every service,
 every server and the demo's own process from ready to the last invoice, and by consumer group the
@@ -28,7 +28,7 @@ from causemesh.cli.output import Output
 from causemesh.local import Cluster
 from causemesh.local.cluster import ServerStatus
 from causemesh.local.mesh import Mesh
-from examples.flights.demo import PROJECT, Demo, fresh_home
+from examples.flights.demo import PROJECT, TRAINED_FROM, Demo, fresh_home
 
 _PARTITIONS = 2
 _BATCH = re.compile(r'causemesh_batch_records_(count|sum)\{group="([^"]+)"\} ([\d.e+]+)')
@@ -140,11 +140,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--months", type=int, default=1)
     parser.add_argument("--days", type=int)
+    parser.add_argument("--one-version", action="store_true", help="train none on the way")
     parser.add_argument("--home", type=Path, default=Path(".causemesh-bench-mesh"))
     told = parser.parse_args()
     fresh_home(told.home)
     own_ports(told.home)
-    demo = MeasuredDemo(told.home, told.months, told.days, [], out=Output())
+    since = None if told.one_version else TRAINED_FROM
+    demo = MeasuredDemo(told.home, told.months, told.days, [], out=Output(), trained_from=since)
     try:
         mesh = running.up(told.home, PROJECT, lambda name, state: None, partitions=_PARTITIONS)
         demo.servers = Cluster(told.home, running.servers())

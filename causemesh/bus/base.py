@@ -58,7 +58,7 @@ class RawBatch:
     `positions` rise strictly. `appended_at_us` is the broker's append time (microseconds, UTC).
     `traceparents` are the records' W3C trace contexts; None where no record carries one. `blocks`
     hold the same records, all of them, for who can read many at once; empty where the broker's
-    client gives records only.
+    client gives records only. `more` says that the log was known to hold more behind them.
     """
 
     topic: str
@@ -69,6 +69,7 @@ class RawBatch:
     appended_at_us: Positions
     traceparents: Sequence[bytes | None] | None = None
     blocks: Sequence[LogBlock] = ()
+    more: bool = False
 
     def __len__(self) -> int:
         return len(self.values)

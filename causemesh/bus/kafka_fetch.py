@@ -40,11 +40,13 @@ class _Prepared:
 
 @dataclass(frozen=True)
 class Fetched:
-    """What a broker has to say about one partition. `error` is Kafka's code, 0 for none."""
+    """What a broker has to say about one partition. `error` is Kafka's code, 0 for none; `end` is
+    the offset behind the last record that readers may have."""
 
     source: TopicPartition
     error: int
     records: bytes
+    end: int
 
 
 class FetchSession:
@@ -101,8 +103,8 @@ class FetchSession:
 def fetched(topics: Sequence[Any]) -> Iterator[Fetched]:
     """The partitions of an answer."""
     for topic, partitions in topics:
-        for partition, error, *_, records in partitions:
-            yield Fetched((topic, partition), error, records or b"")
+        for partition, error, end, *_, records in partitions:
+            yield Fetched((topic, partition), error, records or b"", end)
 
 
 def earliest(source: TopicPartition) -> Any:

@@ -39,6 +39,7 @@ class KafkaReader:
         self._next: dict[TopicPartition, int] = {key: at + 1 for key, at in after.items()}
         self._partitions = {key: KafkaPartition(*key) for key in after}
         self._fresh = {key for key, at in after.items() if at == BEFORE_FIRST}
+        self._ends: dict[TopicPartition, int] = {}  # as the last answer with records told
         self._waiting: dict[TopicPartition, deque[RecordBlock]] = {}
         self._waiter: asyncio.Future[None] | None = None
         self._taken = asyncio.Event()
@@ -90,7 +91,8 @@ class KafkaReader:
             left -= len(block)
         if not queue:
             del self._waiting[source]
-        return LogBatch(*source, parts)
+        more = bool(queue) or self._next[source] < self._ends.get(source, 0)
+        return LogBatch(*source, parts, more=more)
 
     async def _open(self) -> Any:
         client = AIOKafkaClient(bootstrap_servers=self._bootstrap)
@@ -171,6 +173,7 @@ class KafkaReader:
             self._tell(Retryable(f"reading {source[0]} failed: {for_code(one.error)()!r}"))
         elif one.records:
             self._receive(source, one.records)
+            self._ends[source] = one.end
 
     def _receive(self, source: TopicPartition, records: bytes) -> None:
         for block in blocks(records, self._next[source]):

@@ -132,6 +132,7 @@ class MemoryReader:
                     log.values[rows],
                     np.zeros(len(positions), dtype=np.int64),
                     traces if any(traces := log.traceparents[rows]) else None,
+                    more=end < len(log.values),
                 )
                 batches.append(batch)
                 self._after[(topic, partition)] = end - 1

@@ -156,7 +156,9 @@ class PulsarReader:
             if reader is None:
                 reader = self._readers[key] = self._open(key)
             messages = _drain(reader, max_records)
-        batch = _raw(topic, partition, messages, self._after[key]) if messages else None
+            # asking costs a way to the broker: not for what came alone
+            more = len(messages) > 1 and bool(reader.has_message_available())
+        batch = _raw(topic, partition, messages, self._after[key], more) if messages else None
         if batch is not None:
             self._after[key] = int(batch.positions[-1])
         return batch
@@ -197,7 +199,9 @@ def _drain(reader: Any, most: int) -> list[Any]:
     return messages
 
 
-def _raw(topic: str, partition: int, messages: Sequence[Any], after: int) -> RawBatch | None:
+def _raw(
+    topic: str, partition: int, messages: Sequence[Any], after: int, more: bool
+) -> RawBatch | None:
     """The records behind `after`: a client that connects again may repeat some."""
     positions = packed([one.message_id() for one in messages])
     if positions[0] <= after:
@@ -213,6 +217,7 @@ def _raw(topic: str, partition: int, messages: Sequence[Any], after: int) -> Raw
         [one.data() or _empty(one) for one in messages],
         _milliseconds(messages) * 1000,
         _traceparents([one.properties() for one in messages]),
+        more=more,
     )
 
 

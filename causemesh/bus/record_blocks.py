@@ -198,7 +198,9 @@ class LogBatch(RawBatch):
 
     _parts: Sequence[RecordBlock]
 
-    def __init__(self, topic: str, partition: int, parts: Sequence[RecordBlock]) -> None:
+    def __init__(
+        self, topic: str, partition: int, parts: Sequence[RecordBlock], *, more: bool = False
+    ) -> None:
         positions = [part.positions for part in parts]
         fields = {
             "topic": topic,
@@ -208,6 +210,7 @@ class LogBatch(RawBatch):
             "positions": positions[0] if len(parts) == 1 else np.concatenate(positions),
             "keys": LazyColumn(parts, "keys"),
             "values": LazyColumn(parts, "values"),
+            "more": more,
         }
         for name, value in fields.items():
             object.__setattr__(self, name, value)

@@ -124,7 +124,8 @@ class PartitionWorker:
         await self._keeper.restore(stored.state, claim.group, claim.partition, claim.epoch)
 
     async def _step(self, claim: Claim, reader: Reader) -> int:
-        """One unit; returns how many records the fullest partition gave."""
+        """One unit; returns how many records the fullest partition gave, and as many as fit where
+        the log holds more."""
         raws = await reader.fetch(self._limits.max_records, self._limits.max_wait_s)
         if raws:  # an idle round is no step
             reach(Point.WORKER_FETCHED)
@@ -157,6 +158,8 @@ class PartitionWorker:
                 self._spans.exemplar,
             )
             self._observer.unit_done(self.stage, self.partition, report)
+        if any(raw.more for raw in raws):
+            return self._limits.max_records
         return max(map(len, raws), default=0)
 
     async def _unit(

@@ -174,6 +174,21 @@ async def test_a_reader_takes_only_its_partitions(bus: Bus, topic: str) -> None:
     }
 
 
+async def test_a_batch_tells_whether_the_log_holds_more(bus: Bus, topic: str) -> None:
+    """A worker that is behind does not wait for records to gather."""
+    await write(bus, topic, 0, [b"%d" % number for number in range(3_000)])
+    reader, count, told = bus.reader({(topic, 0): BEFORE_FIRST}), 0, []
+    async with asyncio.timeout(30):
+        while count < 3_000:
+            for batch in await reader.fetch(400, 0.5):
+                count += len(batch)
+                if len(batch) > 1:  # on Pulsar it is not asked for one that came alone
+                    told.append((batch.more, count < 3_000))
+    await reader.close()
+    assert len(told) > 1
+    assert [more for more, _ in told] == [behind for _, behind in told]
+
+
 async def test_ends_name_the_last_record(bus: Bus, topic: str) -> None:
     await write(bus, topic, 2, [b"a", b"b", b"c"])
     admin = bus.admin()

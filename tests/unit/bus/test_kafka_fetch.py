@@ -67,7 +67,7 @@ def test_a_broker_that_is_too_old_is_named() -> None:
 
 def test_partitions_of_an_answer() -> None:
     topics = [("t", [(0, 0, 9, 9, 0, None, -1, b"abc"), (1, 3, -1, -1, -1, None, -1, None)])]
-    assert [(one.source, one.error, one.records) for one in fetched(topics)] == [
-        (("t", 0), 0, b"abc"),
-        (("t", 1), 3, b""),
+    assert [(one.source, one.error, one.records, one.end) for one in fetched(topics)] == [
+        (("t", 0), 0, b"abc", 9),
+        (("t", 1), 3, b"", -1),
     ]

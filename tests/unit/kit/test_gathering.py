@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from causemesh.bus.base import Outbound
+from causemesh.bus.base import Outbound, TopicPartition
 from causemesh.bus.memory import MemoryBus, no_step
 from causemesh.catalogue import Catalogue
 from causemesh.codec.decode import Decoder
@@ -114,6 +114,27 @@ async def test_records_gather_only_where_asked_and_not_behind(
     await worker_of(bus, units, clock, replace(limits, max_wait_s=0.0)).run()
     assert units.sizes == sizes
     assert clock.slept == slept
+
+
+class Cut(MemoryBus):
+    """Hands out no more than two records at a time, as a broker may that looks at bytes."""
+
+    def reader(self, after: Mapping[TopicPartition, int]) -> Any:
+        reader = super().reader(after)
+        fetch = reader.fetch
+        reader.fetch = lambda most, wait_s: fetch(min(most, 2), wait_s)  # type: ignore[method-assign]
+        return reader
+
+
+async def test_a_worker_that_gets_less_than_fits_is_behind_where_the_log_holds_more() -> None:
+    bus = Cut()
+    for topic in CATALOGUE.topics.values():
+        bus.create(topic.name, topic.partitions)
+    await bus.producer("p").send([Outbound(INBOX, 0, [None] * 7, [b"no record"] * 7)])
+    units, clock = Units(7), ProducingClock(bus, 0)
+    await worker_of(bus, units, clock, Limits(gather_s=0.25, max_wait_s=0.0)).run()
+    assert units.sizes == [2, 2, 2, 1]
+    assert clock.slept == [0.25]  # behind the last
 
 
 class StoppingClock(ProducingClock):

@@ -33,6 +33,8 @@ _MODULES = {
     TRANSFORMS: "services.features.transforms.app",
 }
 """The processes that are not a service's own app."""
+_NICE = {LAKE: 3}
+"""Half the weight of the others: somebody waits for them, and nobody for a snapshot."""
 
 
 class Mesh:
@@ -98,7 +100,7 @@ class Mesh:
             "CAUSEMESH_API_PORT": str(self._ports[service]),
             "POLARS_MAX_THREADS": os.environ.get("POLARS_MAX_THREADS", "1"),
         }
-        return ServerProcess(service, self.home, environment)
+        return ServerProcess(service, self.home, environment, nice=_NICE.get(service, 0))
 
     def up(self, progress: Callable[[str, str], None] = lambda name, state: None) -> None:
         """Start the supervisor and wait until every service is ready. Raises Fatal with the end of

@@ -31,6 +31,8 @@ class ServerProcess:
     home: Path
     environment: Mapping[str, str] = field(default_factory=dict)
     user: str | None = None
+    nice: int = 0
+    """How much of the processors it leaves to others, as of nice(2)."""
 
     @property
     def log(self) -> Path:
@@ -70,12 +72,20 @@ class ServerProcess:
                 start_new_session=True,
             )
         started = psutil.Process(child.pid).create_time()
+        if self.nice:
+            self._give_way(child.pid)
         # From here on the pid file owns the process: without a return code the dropped handle would
         # warn that its child still runs.
         child.returncode = 0
         whole = self._pid_file.with_suffix(".new")  # another process may read it at any time
         whole.write_text(json.dumps({"pid": child.pid, "started": started}))
         whole.replace(self._pid_file)
+
+    def _give_way(self, pid: int) -> None:
+        psutil.Process(pid).nice(self.nice)
+        group = Path(f"/proc/{pid}/autogroup")
+        if group.exists():  # Linux weighs whole sessions, and each server has its own
+            group.write_text(str(self.nice))
 
     def wait_ready(self, ready: Callable[[], bool], timeout_s: float) -> None:
         """Wait for `ready`. Raises Fatal with the end of the log when it dies or takes too long."""

@@ -31,3 +31,17 @@ def test_who_looks_while_the_pid_file_is_written_finds_a_whole_one_or_none(
     ours.stop(how=signal.SIGKILL)
     assert seen.running() is None
     assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_process_gives_way_as_it_is_told(tmp_path: Path) -> None:
+    """The scheduler of Linux weighs sessions first, so within its own a niceness means nothing."""
+    server = ServerProcess("one", tmp_path, nice=3)
+    server.start([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        process = server.running()
+        assert process is not None
+        assert process.nice() == 3
+        group = Path(f"/proc/{process.pid}/autogroup")
+        assert not group.exists() or group.read_text().endswith(" nice 3\n")
+    finally:
+        server.stop()

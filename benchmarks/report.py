@@ -211,7 +211,9 @@ def _short(version: str) -> str:
 
 
 def plot(runs: Sequence[Result]) -> str:
-    """Processor time and memory of the services against the records, as SVG."""
+    """Processor time and memory of the services against the records, as SVG: of the runs that are
+    alike but for their size."""
+    runs = [one for one in runs if one["trains"]]
     panels = (
         ("CPU seconds, services", "services_cpu_seconds"),
         ("peak MB, services", "services_peak_rss_mb"),
@@ -284,7 +286,7 @@ def main() -> None:
     PAGE.write_text(page())
     measured = newest("mesh")
     if measured is not None:
-        PLOT.write_text(plot([one for one in measured["runs"] if one["trains"]]))
+        PLOT.write_text(plot(measured["runs"]))
     sized = newest("entities")
     if sized is not None:
         ENTITIES_PLOT.write_text(entities_plot(sized["runs"]))

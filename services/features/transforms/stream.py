@@ -265,20 +265,24 @@ class Stream:
         """The messages behind the stored position, each behind the one before it.
 
         What was fetched while partitions moved may be lost on its way to here: then reading goes
-        back, and the messages come again.
+        back, and the messages come again. What was fetched before that comes first, and it may end
+        in the list in which they begin: were they left out with it, each time would be as the last.
         """
         run: list[Any] = []
         tp = TP(worker.transform.feed, number)
-        expected = worker.position(number) + 1
+        expected, lost = worker.position(number) + 1, False
         for one in messages:
             if one.offset < expected:
                 continue
-            if one.offset > expected and (run or not await self._begins(tp, one.offset)):
-                _log.info("transform_goes_back", topic=tp.topic, partition=number, to=expected)
-                await self._app.consumer.seek(tp, expected)
-                break
-            run.append(one)
-            expected = one.offset + 1
+            lost = one.offset > expected and (
+                lost or bool(run) or not await self._begins(tp, one.offset)
+            )
+            if not lost:
+                run.append(one)
+                expected = one.offset + 1
+        if lost:
+            _log.info("transform_goes_back", topic=tp.topic, partition=number, to=expected)
+            await self._app.consumer.seek(tp, expected)
         return run
 
     async def _begins(self, tp: TP, offset: int) -> bool:

@@ -49,8 +49,9 @@ class ServiceSettings(BaseSettings):
     session_timeout_ms: int = Field(
         default=6_000,
         ge=1_000,
-        description="A member that is silent for so long loses its partitions. Brokers refuse less"
-        " than their group.min.session.timeout.ms, 6,000 unless set.",
+        description="A member that is silent for so long loses its partitions, and Postgres ends"
+        " the transactions that it left open. Brokers refuse less than their"
+        " group.min.session.timeout.ms, 6,000 unless set.",
     )
     replication: int = Field(default=1, ge=1)
     api_host: str = "127.0.0.1"

@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+import structlog
 
 from causemesh.errors import Fatal
 
 _POLL_S = 0.1
+_log = structlog.get_logger(__name__)
 _LOG_LINES = 15
 
 
@@ -85,7 +87,10 @@ class ServerProcess:
         psutil.Process(pid).nice(self.nice)
         group = Path(f"/proc/{pid}/autogroup")
         if group.exists():  # Linux weighs whole sessions, and each server has its own
-            group.write_text(str(self.nice))
+            try:
+                group.write_text(str(self.nice))
+            except OSError as error:  # it takes a few a second from others than root
+                _log.warning("server_keeps_its_weight", server=self.name, reason=repr(error))
 
     def wait_ready(self, ready: Callable[[], bool], timeout_s: float) -> None:
         """Wait for `ready`. Raises Fatal with the end of the log when it dies or takes too long."""

@@ -11,7 +11,7 @@ import structlog
 from causemesh.bus.base import Membership
 from causemesh.clock import Clock
 from causemesh.errors import Fatal, Fenced, Retryable
-from causemesh.runner.worker import PartitionWorker
+from causemesh.runner.worker import PartitionWorker, rest
 
 _REPORT_S = 2.0
 _FENCED_S = 2.0  # longer than a process takes to hear that a partition is no longer its own
@@ -26,8 +26,7 @@ class Runner:
     from the stored position, after its wait. Fenced means that another process claimed the
     partition: the group's next assignment says so, and until one does the worker is started again
     too, since the other may have claimed what was no longer its own. Fatal ends the runner with
-    that error. `restarts` bounds the Fatal errors in a row that are
-    taken for passing ones.
+    that error. `restarts` bounds the Fatal errors in a row that are taken for passing ones.
     """
 
     def __init__(
@@ -107,24 +106,18 @@ class Runner:
                 return
             except Fenced as error:
                 log.info("worker_fenced", reason=str(error))
-                await self._rest(worker, _FENCED_S)
+                await rest(worker, self._clock, _FENCED_S, _LOOK_S)
             except Retryable as error:
                 log.warning("worker_restarts", reason=str(error))
-                await self._rest(worker, error.retry_after)
+                await rest(worker, self._clock, error.retry_after, _LOOK_S)
             except Fatal as error:
                 failures = failures + 1 if not worker.committed else 1
                 log.error("worker_failed", reason=str(error), failures=failures)
                 if failures >= self._restarts:
                     raise
-                await self._rest(worker, 0.5 * 2**failures)
+                await rest(worker, self._clock, 0.5 * 2**failures, _LOOK_S)
             if not worker.stopping:
                 worker = self.workers[partition] = self._make_worker(partition)
-
-    async def _rest(self, worker: PartitionWorker, seconds: float) -> None:
-        """Wait, but not once the partition is given up: its next owner waits for that."""
-        until = self._clock.monotonic() + seconds
-        while not worker.stopping and (left := until - self._clock.monotonic()) > 0:
-            await self._clock.sleep(min(left, _LOOK_S))
 
     async def _report(self) -> None:
         while True:

@@ -101,7 +101,8 @@ class PartitionWorker:
             await self._restore(checkpoint or Checkpoint(), claim)
             reader = self._bus.reader(self.positions)
             while not self.stopping:
-                await self._pause(self._limits.pause_s(await self._step(claim, reader)))
+                pause_s = self._limits.pause_s(await self._step(claim, reader))
+                await rest(self, self._clock, pause_s, _LOOK_S)
             while self._saving is not None or self._uncommitted:
                 async with self._store.unit(claim) as unit:
                     await self._commit(unit, await self._taken())
@@ -109,12 +110,6 @@ class PartitionWorker:
             if reader is not None:
                 await reader.close()
             await self._keeper.close()
-
-    async def _pause(self, left_s: float) -> None:
-        """Let records gather, but not once the partition is given up."""
-        while left_s > 0 and not self.stopping:
-            await self._clock.sleep(min(left_s, _LOOK_S))
-            left_s -= _LOOK_S
 
     async def _restore(self, stored: Checkpoint, claim: Claim) -> None:
         known = {source: at for source, at in stored.positions.items() if source in self.positions}
@@ -239,6 +234,13 @@ class PartitionWorker:
             self.watermarks.dump(),
             None if least == NEVER else least,
         )
+
+
+async def rest(worker: PartitionWorker, clock: Clock, seconds: float, look_s: float) -> None:
+    """Wait, but not once the partition is given up: its next owner waits for that."""
+    while seconds > 0 and not worker.stopping:
+        await clock.sleep(min(seconds, look_s))
+        seconds -= look_s
 
 
 def _by_topic(parts: Sequence[RawBatch] | Sequence[Outgoing]) -> Mapping[str, int]:

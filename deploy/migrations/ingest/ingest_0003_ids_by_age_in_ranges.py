@@ -1,4 +1,4 @@
-"""ids by age in ranges: half the cost of an index entry for each id, which only `forget` reads"""
+"""ids by age in ranges: only `forget` reads them, and to insert ids costs a quarter less"""
 
 from __future__ import annotations
 

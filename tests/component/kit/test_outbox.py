@@ -297,15 +297,21 @@ async def test_drains_at_once_neither_repeat_nor_disorder(outbox: Outbox) -> Non
     assert events_of(log) == list(range(300))
 
 
+async def sending(outbox: Outbox) -> tuple[asyncio.Task[int], Any]:
+    """A drain that has read what waits, and its producer, which sends once its gate is open."""
+    drain, producer = outbox.drain()
+    producer.gate.clear()
+    task = asyncio.create_task(drain.drain())
+    await producer.waits.wait()
+    return task, producer
+
+
 async def test_without_the_row_lock_drains_repeat_each_other(
     outbox: Outbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sa.Select, "with_for_update", lambda self, **_: self)
     await outbox.add(0, 30)
-    slow, producer = outbox.drain()
-    producer.gate.clear()
-    first = asyncio.create_task(slow.drain())
-    await producer.waits.wait()
+    first, producer = await sending(outbox)
     drain, _ = outbox.drain()
     assert await drain.drain() == 30  # nothing keeps it away
     producer.gate.set()
@@ -317,10 +323,7 @@ async def test_without_the_row_lock_drains_repeat_each_other(
 
 async def test_a_drain_that_lost_its_lock_only_repeats(outbox: Outbox) -> None:
     await outbox.add(0, 30)
-    paused, producer = outbox.drain()
-    producer.gate.clear()
-    zombie = asyncio.create_task(paused.drain())
-    await producer.waits.wait()
+    zombie, producer = await sending(outbox)
     drain, _ = outbox.drain()
     assert await drain.drain() == 0  # the lock is held
     async with outbox.engine.connect() as connection:

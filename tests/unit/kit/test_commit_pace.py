@@ -9,16 +9,10 @@ from typing import Any
 import pytest
 
 from causemesh.bus.base import Outbound
-from causemesh.bus.memory import MemoryBus, no_step
-from causemesh.catalogue import Catalogue
-from causemesh.codec.decode import Decoder
-from causemesh.codec.encode import RegistryEncoders
-from causemesh.codec.registry import MemoryRegistry
-from causemesh.positions import MemoryPositionStore
-from causemesh.runner import Batch, Emission, Emitter, Limits, PartitionWorker, Stage
+from causemesh.bus.memory import MemoryBus
+from causemesh.runner import Batch, Emission, Limits, PartitionWorker
+from tests.unit.kit.workers import INBOX, inbox_worker
 
-CATALOGUE = Catalogue.load()
-INBOX = "inbox.requests"
 UNITS, UNIT_S = 64, 0.125
 
 
@@ -75,23 +69,11 @@ class Snapshots:
     ],
 )
 async def test_commits_keep_both_distances(stateful: bool, limits: Limits, under_load: int) -> None:
-    bus, registry = MemoryBus(), MemoryRegistry()
+    bus = MemoryBus()
     bus.create(INBOX, 1)
     await bus.producer("p").send([Outbound(INBOX, 0, [None], [b"no record"])])
     processor = Snapshots(bus, stateful=stateful)
-    worker = PartitionWorker(
-        Stage("ingest", "ingest", (INBOX,)),
-        0,
-        processor,
-        bus=bus,
-        store=MemoryPositionStore(no_step),
-        catalogue=CATALOGUE,
-        decoder=Decoder(registry),
-        emitter=Emitter(CATALOGUE, RegistryEncoders(registry), bus.producer("w"), ()),
-        clock=processor,
-        limits=limits,
-    )
-    processor.worker = worker
+    worker = inbox_worker(bus, processor, processor, limits)
     await worker.run()
     loaded = [at for at in processor.taken if at <= UNITS * UNIT_S + UNIT_S / 2]
     assert len(loaded) == under_load
@@ -117,22 +99,12 @@ class Changing(Snapshots):
 
 @pytest.mark.parametrize("asks", [True, False])
 async def test_what_changed_by_itself_is_committed_at_once(asks: bool) -> None:
-    bus, registry = MemoryBus(), MemoryRegistry()
+    bus = MemoryBus()
     bus.create(INBOX, 1)
     processor = Changing(bus, stateful=True)
     processor.asks = asks
-    worker = PartitionWorker(
-        Stage("ingest", "ingest", (INBOX,)),
-        0,
-        processor,
-        bus=bus,
-        store=MemoryPositionStore(no_step),
-        catalogue=CATALOGUE,
-        decoder=Decoder(registry),
-        emitter=Emitter(CATALOGUE, RegistryEncoders(registry), bus.producer("w"), ()),
-        clock=processor,
-        limits=Limits(commit_every_units=20, max_wait_s=0.001),
+    worker = inbox_worker(
+        bus, processor, processor, Limits(commit_every_units=20, max_wait_s=0.001)
     )
-    processor.worker = worker
     await worker.run()
     assert len(processor.taken) == asks

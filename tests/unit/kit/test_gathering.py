@@ -9,16 +9,9 @@ from typing import Any
 import pytest
 
 from causemesh.bus.base import Outbound, TopicPartition
-from causemesh.bus.memory import MemoryBus, no_step
-from causemesh.catalogue import Catalogue
-from causemesh.codec.decode import Decoder
-from causemesh.codec.encode import RegistryEncoders
-from causemesh.codec.registry import MemoryRegistry
-from causemesh.positions import MemoryPositionStore
-from causemesh.runner import Batch, Emission, Emitter, Limits, PartitionWorker, Stage
-
-CATALOGUE = Catalogue.load()
-INBOX = "inbox.requests"
+from causemesh.bus.memory import MemoryBus
+from causemesh.runner import Batch, Emission, Limits, PartitionWorker
+from tests.unit.kit.workers import CATALOGUE, INBOX, inbox_worker
 
 
 class Units:
@@ -71,25 +64,6 @@ class ProducingClock:
         await self._bus.producer("p").send([Outbound(INBOX, 0, [None] * count, values)])
 
 
-def worker_of(
-    bus: MemoryBus, units: Units, clock: ProducingClock, limits: Limits
-) -> PartitionWorker:
-    registry = MemoryRegistry()
-    units.worker = PartitionWorker(
-        Stage("ingest", "g", (INBOX,)),
-        0,
-        units,
-        bus=bus,
-        store=MemoryPositionStore(no_step),
-        catalogue=CATALOGUE,
-        decoder=Decoder(registry),
-        emitter=Emitter(CATALOGUE, RegistryEncoders(registry), bus.producer("p"), ()),
-        clock=clock,
-        limits=limits,
-    )
-    return units.worker
-
-
 @pytest.mark.parametrize(
     ("limits", "sizes", "slept"),
     [
@@ -111,7 +85,7 @@ async def test_records_gather_only_where_asked_and_not_behind(
     now = sizes[0] if slept else 7
     await bus.producer("p").send([Outbound(INBOX, 0, [None] * now, [b"no record"] * now)])
     units, clock = Units(7), ProducingClock(bus, 7 - now)
-    await worker_of(bus, units, clock, replace(limits, max_wait_s=0.0)).run()
+    await inbox_worker(bus, units, clock, replace(limits, max_wait_s=0.0)).run()
     assert units.sizes == sizes
     assert clock.slept == slept
 
@@ -132,7 +106,7 @@ async def test_a_worker_that_gets_less_than_fits_is_behind_where_the_log_holds_m
         bus.create(topic.name, topic.partitions)
     await bus.producer("p").send([Outbound(INBOX, 0, [None] * 7, [b"no record"] * 7)])
     units, clock = Units(7), ProducingClock(bus, 0)
-    await worker_of(bus, units, clock, Limits(gather_s=0.25, max_wait_s=0.0)).run()
+    await inbox_worker(bus, units, clock, Limits(gather_s=0.25, max_wait_s=0.0)).run()
     assert units.sizes == [2, 2, 2, 1]
     assert clock.slept == [0.25]  # behind the last
 
@@ -155,6 +129,6 @@ async def test_a_worker_that_is_told_to_stop_does_not_gather_to_the_end() -> Non
         bus.create(topic.name, topic.partitions)
     await bus.producer("p").send([Outbound(INBOX, 0, [None], [b"no record"])])
     clock = StoppingClock(bus, 0)
-    clock.worker = worker_of(bus, Units(7), clock, Limits(gather_s=60.0, max_wait_s=0.0))
+    clock.worker = inbox_worker(bus, Units(7), clock, Limits(gather_s=60.0, max_wait_s=0.0))
     await clock.worker.run()
     assert clock.slept == [0.5] * 3
